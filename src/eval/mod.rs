@@ -1,0 +1,3 @@
+//! Evaluation: metrics, buckets, the paired test.
+
+pub mod metrics;

@@ -1,0 +1,11 @@
+//! Interaction logs in the form that models take: dense indices, time-ordered histories.
+//!
+//! In: tables with `user_id`, `item_id`, perhaps `rating`, `timestamp`, `row_id`.
+//! Out: [`IdMap`]s (id <-> dense index), [`Histories`] (items per user, oldest first),
+//! splits and samplers.
+
+pub mod histories;
+pub mod id_map;
+
+pub use histories::Histories;
+pub use id_map::IdMap;

@@ -1,0 +1,3 @@
+//! The binary: parses arguments, runs a verb, turns errors into exit codes.
+
+fn main() {}

@@ -1,0 +1,264 @@
+//! What a stage is given and what it gives back.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use arrow::datatypes::SchemaRef;
+use async_trait::async_trait;
+use bytes::Bytes;
+use datafusion::execution::SendableRecordBatchStream;
+
+use crate::error::{Error, Fault, Result};
+use crate::tables::{Store, StoredTable, Table};
+
+/// What crosses a stage boundary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// An Arrow table.
+    Table,
+    /// A folder of files in standard formats (safetensors + JSON).
+    Artifact,
+}
+
+/// An input that a stage's config names.
+#[derive(Clone, Debug)]
+pub struct InputSlot {
+    /// The config key that names it, e.g. `train`. For lists, `inputs.NAME`.
+    pub slot: String,
+    /// `source`, `stage` (its first output) or `stage.output`, as typed.
+    pub reference: String,
+    /// Table or artifact.
+    pub what: What,
+    /// Columns that the stage reads, checked before it runs (exit 65 where one is missing).
+    pub columns: Vec<&'static str>,
+}
+
+impl InputSlot {
+    /// A table input.
+    pub fn table(slot: &str, reference: &str, columns: &[&'static str]) -> Self {
+        InputSlot { slot: slot.into(), reference: reference.into(), what: What::Table, columns: columns.to_vec() }
+    }
+    /// An artifact input.
+    pub fn artifact(slot: &str, reference: &str) -> Self {
+        InputSlot { slot: slot.into(), reference: reference.into(), what: What::Artifact, columns: Vec::new() }
+    }
+}
+
+/// An output that a stage of this config always makes. The first one is the default.
+#[derive(Clone, Copy, Debug)]
+pub struct OutputSlot {
+    /// Its name, e.g. `train` in `parts.train`.
+    pub name: &'static str,
+    /// Table or artifact.
+    pub what: What,
+    /// One line for the docs.
+    pub about: &'static str,
+}
+
+/// An artifact: named files, each put whole.
+#[derive(Clone, Debug, Default)]
+pub struct Artifact {
+    /// File name -> content.
+    pub files: BTreeMap<String, Bytes>,
+}
+
+impl Artifact {
+    /// A file of this artifact; its absence is our bug or a damaged folder.
+    pub fn file(&self, name: &str) -> Result<&Bytes> {
+        self.files.get(name).ok_or_else(|| {
+            Error::data(format!("the artifact has no file `{name}`"))
+                .with_help("run the stage that makes it again: `tailfuse run PIPELINE --from STAGE`")
+        })
+    }
+}
+
+/// A table that a stage gives back: in memory, or a stream that need not fit there.
+pub enum OutputTable {
+    /// Rows in memory.
+    Memory(Table),
+    /// Rows as they come (the executor writes them to Parquet).
+    Stream(SendableRecordBatchStream),
+}
+
+/// An input as the stage gets it.
+#[derive(Clone)]
+pub enum StageInput {
+    /// A table on a store.
+    Table(StoredTable),
+    /// An artifact, read whole, with the sha256 of its files as digest.
+    Artifact {
+        /// sha256 (hex) over names and contents.
+        digest: String,
+        /// The files.
+        artifact: Artifact,
+    },
+}
+
+/// Weights that a stage asked for by catalogue name or path, fetched and digested.
+#[derive(Clone, Debug)]
+pub struct ModelFile {
+    /// A GGUF file or a Hugging Face folder.
+    pub path: PathBuf,
+    /// sha256 (hex) of the weights.
+    pub digest: String,
+}
+
+/// Hears of a stage's progress. The terminal draws a bar, a log gets a line each 10%.
+pub trait Observer: Send + Sync {
+    /// Work of `total` units begins, e.g. (`"users"`, 943).
+    fn begin(&self, unit: &str, total: u64);
+    /// `n` more units are done.
+    fn advance(&self, n: u64);
+    /// Something a person would want to know, one line.
+    fn note(&self, text: &str);
+}
+
+/// Set by a signal; stages look at it at row boundaries.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicI32>);
+
+impl Cancel {
+    /// Asks everything to stop; `signal` is the number of the signal (2 or 15).
+    pub fn request(&self, signal: i32) {
+        self.0.store(signal, Ordering::SeqCst);
+    }
+    /// Errors (exit 130 or 143) once a stop was asked for.
+    pub fn check(&self) -> Result<()> {
+        match self.0.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            15 => Err(Error::new(Fault::Terminated, "stopped by SIGTERM; the same command resumes")),
+            _ => Err(Error::new(Fault::Interrupted, "interrupted; the same command resumes")),
+        }
+    }
+}
+
+/// Everything a stage may know.
+pub struct StageContext {
+    /// The stage's name in the pipeline file.
+    pub name: String,
+    /// Seed of every random choice in this stage.
+    pub seed: u64,
+    /// `auto`, `cpu` or `cuda`, as in the pipeline file.
+    pub device: crate::device::DeviceChoice,
+    /// Slot -> input.
+    pub inputs: BTreeMap<String, StageInput>,
+    /// Model name as typed -> its file.
+    pub models: BTreeMap<String, ModelFile>,
+    /// Where work that is already paid for is kept between runs (LLM ledger, checkpoints).
+    pub savings: Store,
+    /// Where published tables live (the pipeline's `warehouse`).
+    pub warehouse: Store,
+    /// Id of this run.
+    pub run_id: String,
+    /// Memory that SQL may use, in bytes, and where it spills.
+    pub memory_limit: usize,
+    /// Where SQL spills what exceeds `memory_limit`; the system's temporary folder when `None`.
+    pub spill_dir: Option<PathBuf>,
+    /// Progress.
+    pub observer: Arc<dyn Observer>,
+    /// Stop requests.
+    pub cancel: Cancel,
+}
+
+impl StageContext {
+    /// A table input, which the executor has checked to be there.
+    pub fn table(&self, slot: &str) -> Result<&StoredTable> {
+        match self.inputs.get(slot) {
+            Some(StageInput::Table(t)) => Ok(t),
+            _ => Err(Error::internal(format!("stage `{}` has no table input `{slot}`", self.name))),
+        }
+    }
+
+    /// A table input in memory, in row order.
+    pub async fn collect(&self, slot: &str) -> Result<Table> {
+        self.table(slot)?.collect().await.map_err(|e| e.at(format!("input `{slot}`")))
+    }
+
+    /// A table input in memory, where the config named one.
+    pub async fn collect_opt(&self, slot: &str) -> Result<Option<Table>> {
+        match self.inputs.contains_key(slot) {
+            true => Ok(Some(self.collect(slot).await?)),
+            false => Ok(None),
+        }
+    }
+
+    /// An artifact input: digest and files.
+    pub fn artifact(&self, slot: &str) -> Result<(&str, &Artifact)> {
+        match self.inputs.get(slot) {
+            Some(StageInput::Artifact { digest, artifact }) => Ok((digest, artifact)),
+            _ => Err(Error::internal(format!("stage `{}` has no artifact input `{slot}`", self.name))),
+        }
+    }
+
+    /// The weights that the config calls `name`.
+    pub fn model(&self, name: &str) -> Result<&ModelFile> {
+        self.models
+            .get(name)
+            .ok_or_else(|| Error::internal(format!("stage `{}` was not given the model `{name}`", self.name)))
+    }
+}
+
+/// What a stage gives back.
+#[derive(Default)]
+pub struct StageResult {
+    /// Output name -> table; every table that [`Stage::outputs`] lists.
+    pub tables: BTreeMap<&'static str, OutputTable>,
+    /// Output name -> artifact; every artifact that [`Stage::outputs`] lists.
+    pub artifacts: BTreeMap<&'static str, Artifact>,
+    /// Figures for the result document and the terminal (`rows_dropped`, `tokens`, ...), kept in `stage.json`.
+    pub counters: serde_json::Map<String, serde_json::Value>,
+}
+
+impl StageResult {
+    /// Adds an in-memory table.
+    pub fn with_table(mut self, name: &'static str, table: Table) -> Self {
+        self.tables.insert(name, OutputTable::Memory(table));
+        self
+    }
+    /// Adds an artifact.
+    pub fn with_artifact(mut self, name: &'static str, artifact: Artifact) -> Self {
+        self.artifacts.insert(name, artifact);
+        self
+    }
+    /// Adds a figure.
+    pub fn with_counter(mut self, name: &str, value: impl Into<serde_json::Value>) -> Self {
+        self.counters.insert(name.to_owned(), value.into());
+        self
+    }
+}
+
+/// What a stage's config may look at while it is resolved, before anything runs.
+pub struct ResolveContext<'a> {
+    /// Folder that relative paths start from.
+    pub root: &'a Path,
+    /// `history_at_test` of the pipeline.
+    pub history_at_test: &'a str,
+}
+
+/// A stage with its config, ready to run.
+#[async_trait]
+pub trait Stage: Send + Sync {
+    /// The inputs that the config names.
+    fn inputs(&self) -> Vec<InputSlot>;
+    /// The outputs that this config makes; the first one is the default of a reference.
+    fn outputs(&self) -> Vec<OutputSlot>;
+    /// The resolved config, in full and canonical: with defaults filled in, file contents in
+    /// place of file names. It is part of the fingerprint.
+    fn identity(&self) -> serde_json::Value;
+    /// Catalogue names or paths of the LLM weights that the stage needs.
+    fn models(&self) -> Vec<String> {
+        Vec::new()
+    }
+    /// Whether a finished run may stand for another (false for what acts on the outside, like `write`).
+    fn cacheable(&self) -> bool {
+        true
+    }
+    /// Schema of an output, where it is known before the stage runs.
+    fn output_schema(&self, _output: &str) -> Option<SchemaRef> {
+        None
+    }
+    /// The work.
+    async fn run(&self, ctx: &StageContext) -> Result<StageResult>;
+}

@@ -1,0 +1,15 @@
+//! The stage kinds: glue from config and tables to the modules that do the work.
+//!
+//! A stage is a pure function: named inputs + its own config + a seed -> named output
+//! tables and artifacts. It does not know other stages, or where its inputs came from.
+//! In: [`StageContext`]. Out: [`StageResult`]. Adding a kind: one file here, one `pub mod`
+//! line and one entry in [`registry::KINDS`].
+
+pub mod context;
+pub mod registry;
+
+pub use context::{
+    Artifact, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageInput,
+    StageResult, What,
+};
+pub use registry::{KINDS, StageKind};

@@ -1,0 +1,2 @@
+//! All integration tests, one binary.
+#![allow(clippy::unwrap_used, clippy::print_stderr, missing_docs)]
