@@ -7,9 +7,11 @@ pub mod ids;
 pub mod memory;
 pub mod parquet;
 pub mod source;
+pub mod source_config;
 pub mod store;
 
 pub use ids::{Id, IdColumn};
 pub use memory::Table;
 pub use parquet::StoredTable;
+pub use source_config::SourceConfig;
 pub use store::Store;
