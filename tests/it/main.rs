@@ -1,2 +1,9 @@
 //! All integration tests, one binary.
 #![allow(clippy::unwrap_used, clippy::print_stderr, missing_docs)]
+
+// Generated documents are current: docs/pipeline.md, the JSON Schema.
+mod docs;
+// The pipeline file's language: parsing, parameters, validation, the graph.
+mod pipeline_file;
+// Stage kinds without work behind them, for the above.
+mod pipeline_file_fakes;
