@@ -5,7 +5,10 @@
 //! In: [`StageContext`]. Out: [`StageResult`]. Adding a kind: one file here, one `pub mod`
 //! line and one entry in [`registry::KINDS`].
 
+pub mod calibrate;
 pub mod context;
+pub mod evaluate;
+pub mod fuse;
 pub mod registry;
 
 pub use context::{

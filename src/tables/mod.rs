@@ -6,6 +6,7 @@
 pub mod ids;
 pub mod memory;
 pub mod parquet;
+pub mod schemas;
 pub mod source;
 pub mod source_config;
 pub mod store;

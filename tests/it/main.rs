@@ -7,3 +7,9 @@ mod docs;
 mod pipeline_file;
 // Stage kinds without work behind them, for the above.
 mod pipeline_file_fakes;
+// The generated reference of tables against the code.
+mod docs_tables;
+// Metrics of hand-made tables, the choice of weights, the terminal's tables.
+mod evaluation;
+// The fused table: every column, source and reason.
+mod fusion;
