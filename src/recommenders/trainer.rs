@@ -159,20 +159,18 @@ fn batch_loss<B: Backend>(
     l2: f64,
 ) -> Tensor<B, 1> {
     let (n, device) = (batch.len(), ego.device());
-    let [nodes, dim] = ego.dims();
-    // One gather for users, positives and negatives: a gather's gradient is as large as the table.
-    let mut rows = Vec::with_capacity(3 * n);
-    rows.extend(batch.iter().map(|t| t.0 as i32));
-    rows.extend(batch.iter().map(|t| (n_users as u32 + t.1) as i32));
-    rows.extend(batch.iter().map(|t| (n_users as u32 + t.2) as i32));
+    let nodes = ego.dims()[0];
+    let node = |of: &dyn Fn(&Triple) -> u32| batch.iter().map(|t| of(t) as i32).collect::<Vec<i32>>();
+    let first_item = n_users as u32;
+    let nodes_of = [node(&|t| t.0), node(&|t| first_item + t.1), node(&|t| first_item + t.2)];
     let mut weights = vec![0f32; nodes];
-    for &row in &rows {
+    for &row in nodes_of.iter().flatten() {
         weights[row as usize] += (l2 / (2.0 * n as f64)) as f32;
     }
-    let rows = Tensor::<B, 1, Int>::from_data(TensorData::new(rows, [3 * n]), &device);
-    let gathered = all.select(0, rows).reshape([3, n, dim]);
-    let of = |k: usize| gathered.clone().slice([k..k + 1]).reshape([n, dim]);
-    let (users, positives, negatives) = (of(0), of(1), of(2));
+    let [users, positives, negatives] = nodes_of.map(|rows| {
+        let rows = Tensor::<B, 1, Int>::from_data(TensorData::new(rows, [n]), &device);
+        all.clone().select(0, rows)
+    });
     let score = |items: Tensor<B, 2>| (users.clone() * items).sum_dim(1).reshape([n]);
     let bpr = bpr_loss(score(positives), score(negatives));
     if l2 == 0.0 {

@@ -95,8 +95,10 @@ mod x86 {
                 strip_avx512::<1>(matrix, row, dense, dim, at, out);
                 at += 16;
             }
-            out[at..].fill(0.0);
-            columns_from(matrix, row, dense, dim, at, out);
+            if at < dim {
+                out[at..].fill(0.0);
+                columns_from(matrix, row, dense, dim, at, out);
+            }
         }
     }
 
@@ -134,8 +136,10 @@ mod x86 {
                 strip_avx2::<1>(matrix, row, dense, dim, at, out);
                 at += 8;
             }
-            out[at..].fill(0.0);
-            columns_from(matrix, row, dense, dim, at, out);
+            if at < dim {
+                out[at..].fill(0.0);
+                columns_from(matrix, row, dense, dim, at, out);
+            }
         }
     }
 
