@@ -11,6 +11,7 @@ use std::collections::BinaryHeap;
 use rayon::prelude::*;
 
 use super::Scorer;
+use crate::error::Result;
 use crate::interactions::Histories;
 
 /// One place of a shortlist.
@@ -75,15 +76,18 @@ pub fn best_k(scores: &[f32], k: usize) -> Vec<Scored> {
 
 /// The best `k` items of each user of `users` (in that order) that `seen` does not hold for them,
 /// best first; fewer where fewer are left. `on_block(n)` hears of each `n` users that are done.
+///
+/// # Errors
+/// What `on_block` returned, which stops the work.
 pub fn top_k(
     scorer: &dyn Scorer,
     users: &[u32],
     seen: &Histories,
     k: usize,
-    on_block: &(dyn Fn(usize) + Sync),
-) -> Vec<Vec<Scored>> {
+    on_block: &(dyn Fn(usize) -> Result<()> + Sync),
+) -> Result<Vec<Vec<Scored>>> {
     let n_items = scorer.n_items();
-    let blocks: Vec<Vec<Vec<Scored>>> = users
+    let blocks = users
         .par_chunks(block_users(n_items))
         .map(|block| {
             let scores = masked_scores(scorer, block, seen, seen);
@@ -91,11 +95,11 @@ pub fn top_k(
                 0 => vec![Vec::new(); block.len()],
                 _ => scores.chunks_exact(n_items).map(|row| best_k(row, k)).collect(),
             };
-            on_block(block.len());
-            lists
+            on_block(block.len())?;
+            Ok(lists)
         })
-        .collect();
-    blocks.into_iter().flatten().collect()
+        .collect::<Result<Vec<Vec<Vec<Scored>>>>>()?;
+    Ok(blocks.into_iter().flatten().collect())
 }
 
 /// The 1-based rank of each pair's item among the items that `seen` does not hold for the pair's
@@ -168,7 +172,7 @@ mod tests {
     fn ties_go_by_item_and_seen_items_are_left_out() {
         let scorer = Fixed(vec![vec![1.0, 3.0, 3.0, f32::NAN, 2.0], vec![0.0, -0.0, 0.0, -1.0, 0.0]]);
         let seen = Histories::from_pairs(2, &[(0, 1), (1, 0)]);
-        let lists = top_k(&scorer, &[0, 1], &seen, 3, &|_| {});
+        let lists = top_k(&scorer, &[0, 1], &seen, 3, &|_| Ok(())).unwrap();
         assert_eq!(items(&lists[0]), [2, 4, 0]); // item 3 has no score
         assert_eq!(items(&lists[1]), [1, 2, 4]);
         assert_eq!(lists[0][0].score, 3.0);
@@ -178,9 +182,11 @@ mod tests {
     fn k_beyond_the_catalogue_gives_what_there_is() {
         let scorer = Fixed(vec![vec![1.0, 2.0, 3.0]]);
         let seen = Histories::from_pairs(1, &[(0, 2)]);
-        assert_eq!(items(&top_k(&scorer, &[0], &seen, 99, &|_| {})[0]), [1, 0]);
-        assert!(top_k(&scorer, &[0], &seen, 0, &|_| {})[0].is_empty());
-        assert!(top_k(&Fixed(vec![vec![]]), &[0], &Histories::from_pairs(1, &[]), 5, &|_| {})[0].is_empty());
+        assert_eq!(items(&top_k(&scorer, &[0], &seen, 99, &|_| Ok(())).unwrap()[0]), [1, 0]);
+        assert!(top_k(&scorer, &[0], &seen, 0, &|_| Ok(())).unwrap()[0].is_empty());
+        assert!(
+            top_k(&Fixed(vec![vec![]]), &[0], &Histories::from_pairs(1, &[]), 5, &|_| Ok(())).unwrap()[0].is_empty()
+        );
     }
 
     proptest! {
@@ -209,6 +215,14 @@ mod tests {
     }
 
     #[test]
+    fn an_error_stops_the_work() {
+        let scorer = Fixed(vec![vec![1.0]; 200]);
+        let users: Vec<u32> = (0..200).collect();
+        let stop = |_| Err(crate::error::Error::internal("stop"));
+        assert_eq!(top_k(&scorer, &users, &Histories::from_pairs(200, &[]), 1, &stop).unwrap_err().message, "stop");
+    }
+
+    #[test]
     fn blocks_do_not_change_the_result() {
         let n = 300; // several blocks of 64
         let scorer = Fixed((0..n).map(|u| (0..7).map(|i| ((u * 31 + i * 17) % 11) as f32).collect()).collect());
@@ -217,7 +231,9 @@ mod tests {
         let done = std::sync::atomic::AtomicUsize::new(0);
         let lists = top_k(&scorer, &users, &seen, 3, &|n| {
             done.fetch_add(n, std::sync::atomic::Ordering::SeqCst);
-        });
+            Ok(())
+        })
+        .unwrap();
         assert_eq!(done.into_inner(), n);
         for (user, list) in users.iter().zip(&lists) {
             assert_eq!(list, &best_k(&scorer.0[*user as usize], 3), "user {user}");

@@ -9,7 +9,9 @@ pub mod calibrate;
 pub mod context;
 pub mod evaluate;
 pub mod fuse;
+pub mod recommend;
 pub mod registry;
+pub mod train;
 
 pub use context::{
     Artifact, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageInput,

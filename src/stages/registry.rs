@@ -23,6 +23,7 @@ pub struct StageKind {
 
 /// The stage kinds in the order of the docs.
 pub static KINDS: &[StageKind] = &[super::calibrate::KIND, super::fuse::KIND, super::evaluate::KIND];
+pub static KINDS: &[StageKind] = &[super::train::KIND, super::recommend::KIND];
 
 /// The kind of that name.
 pub fn find(name: &str) -> Option<&'static StageKind> {

@@ -13,3 +13,5 @@ mod docs_tables;
 mod evaluation;
 // The fused table: every column, source and reason.
 mod fusion;
+/// One contract for every recommender of the registry.
+mod recommenders;
