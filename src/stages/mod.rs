@@ -7,6 +7,9 @@
 
 pub mod context;
 pub mod registry;
+pub mod similar;
+pub mod sql;
+pub mod write;
 
 pub use context::{
     Artifact, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageInput,
