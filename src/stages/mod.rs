@@ -12,6 +12,9 @@ pub mod fuse;
 pub mod recommend;
 pub mod registry;
 pub mod train;
+pub mod similar;
+pub mod sql;
+pub mod write;
 
 pub use context::{
     Artifact, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageInput,
