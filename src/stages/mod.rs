@@ -7,6 +7,7 @@
 
 pub mod context;
 pub mod registry;
+pub mod split;
 
 pub use context::{
     Artifact, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageInput,

@@ -22,7 +22,7 @@ pub struct StageKind {
 }
 
 /// The stage kinds in the order of the docs.
-pub static KINDS: &[StageKind] = &[];
+pub static KINDS: &[StageKind] = &[super::split::KIND];
 
 /// The kind of that name.
 pub fn find(name: &str) -> Option<&'static StageKind> {
