@@ -138,3 +138,9 @@ pub const SYSTEM: &str = "system";
 pub const PROMPT: &str = "prompt";
 /// int32: length of the whole chat in tokens.
 pub const PROMPT_TOKENS: &str = "prompt_tokens";
+/// bool: whether the user has a test interaction that counts.
+pub const EVALUATED: &str = "evaluated";
+/// int32: titles of the user's history that a prompt shows.
+pub const HISTORY_SHOWN: &str = "history_shown";
+/// int32: titles that a prompt left out to stay within its token budget.
+pub const TITLES_TRIMMED: &str = "titles_trimmed";

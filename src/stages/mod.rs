@@ -15,6 +15,7 @@ pub mod train;
 pub mod similar;
 pub mod sql;
 pub mod write;
+pub mod split;
 
 pub use context::{
     Artifact, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageInput,

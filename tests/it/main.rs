@@ -15,3 +15,5 @@ mod evaluation;
 mod fusion;
 /// One contract for every recommender of the registry.
 mod recommenders;
+/// The leave-one-out split of MovieLens-100K has the reference's contents.
+mod split_ml100k;
