@@ -6,6 +6,7 @@
 
 pub mod histories;
 pub mod id_map;
+pub mod sampler;
 
 pub use histories::Histories;
 pub use id_map::IdMap;

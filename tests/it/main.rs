@@ -3,3 +3,17 @@
 
 /// The catalog against a local HTTP server and a stand-in for pip: good and bad sources, locks, files placed by hand.
 mod catalog;
+// Generated documents are current: docs/pipeline.md, the JSON Schema.
+mod docs;
+// The pipeline file's language: parsing, parameters, validation, the graph.
+mod pipeline_file;
+// Stage kinds without work behind them, for the above.
+mod pipeline_file_fakes;
+// The generated reference of tables against the code.
+mod docs_tables;
+// Metrics of hand-made tables, the choice of weights, the terminal's tables.
+mod evaluation;
+// The fused table: every column, source and reason.
+mod fusion;
+/// One contract for every recommender of the registry.
+mod recommenders;
