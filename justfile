@@ -31,10 +31,10 @@ fmt:
 bench *ARGS:
     cargo bench {{ ARGS }}
 
-# Our LLM engine beside llama.cpp and transformers on the same prompts; peers/README.md says what to install first.
-bench-llm PYTHON HF PROMPTS *ARGS:
+# Our LLM engine beside llama.cpp and transformers on the same prompts; the head of the script says what to install first.
+bench-llm PYTHON GGUF PROMPTS *ARGS:
     cargo build --release
-    {{ PYTHON }} peers/bench_llm.py --hf {{ HF }} --prompts {{ PROMPTS }} {{ ARGS }}
+    {{ PYTHON }} peers/bench_llm.py --gguf {{ GGUF }} --prompts {{ PROMPTS }} {{ ARGS }}
 
 # Makes the generated references again: docs/pipeline.md and docs/tables.md.
 docs:

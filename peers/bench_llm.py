@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Our LLM engine beside llama.cpp and transformers: the same weights, the same prompts, in turns, in one run.
 
+    cargo build --release
     python3 -m venv peers-venv
-    peers-venv/bin/pip install xllamacpp==2026.10.11549 transformers==5.23.0 torch==2.15.0 tokenizers pyarrow
-    peers-venv/bin/python peers/bench_llm.py --gguf MODEL.gguf --hf HF_FOLDER --prompts PROMPTS --threads 2
+    peers-venv/bin/pip install xllamacpp==2026.10.11549 transformers==5.23.0 torch==2.15.0 accelerate gguf pyarrow
+    peers-venv/bin/python peers/bench_llm.py --gguf MODEL.gguf --prompts PROMPTS --threads 2
 
 What is timed is what one pass of the `label` mode asks of an engine: read every prompt once and give the distribution
 of the next token at its end; nothing is generated. All engines stay loaded (models are read, and one prompt is run,
@@ -13,11 +14,12 @@ meanwhile (wall seconds count only where that is near 0). Medians and prompts pe
 
 --prompts  JSON `{"prompts": [{"text": ...}, ...]}` with complete chat texts, or a Parquet file with the columns
            `system` and `prompt` (the output of a `prompt` stage), which are put into the ChatML form.
---hf       the same weights as f32 in a Hugging Face folder; its tokenizer.json makes the ids for every engine.
+--hf       the same weights as f32 in a Hugging Face folder, for transformers; without it transformers
+           dequantises the GGUF itself. The token ids are ours for every engine (`tailfuse llm`, op `tokenize`).
 --engines  which ones, in which order. `tailfuse` is driven through `tailfuse llm`, one request a prompt;
-           `tailfuse-batch` through the program that --batch-command names (see below).
---batch-command  a program that takes the prompts' ids as one JSON line {"ids": [[...], ...]} on stdin and answers one
-           JSON line {"best": [...]} per such line, after a line {"ready": true}; it may batch and share prefixes.
+           `tailfuse-batch` through the program that --batch-command names.
+--batch-command  a program that says {"ready": true}, then takes the prompts' ids as one JSON line {"ids": [[...], ...]}
+           on stdin and answers one line {"best": [...]} to each such line; it may batch and share prefixes.
 """
 import argparse
 import json
@@ -26,6 +28,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -107,7 +110,11 @@ def worker_transformers(a, ids):
 
     torch.set_num_threads(a.threads)
     torch.set_grad_enabled(False)
-    model = transformers.LlamaForCausalLM.from_pretrained(a.hf, dtype=torch.float32).eval()
+    if a.hf:
+        model = transformers.LlamaForCausalLM.from_pretrained(a.hf, dtype=torch.float32).eval()
+    else:
+        folder, file = os.path.split(os.path.abspath(a.gguf))
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
     shared = common_prefix(ids)
 
     def forward(x, past=None):
@@ -169,9 +176,19 @@ class Engine:
         return {"wall_s": round(wall, 3), "cpu_s": round(cpu, 3), "others_cpu_s": round(max(0.0, busy - cpu), 2)}, best
 
 
-def start(name, a, ids):
+def tokenize(a, texts):
+    """Token ids of complete chat texts, special tokens as such."""
+    requests = [json.dumps({"op": "tokenize", "text": t, "special": True}) for t in texts]
+    done = subprocess.run(
+        [a.tailfuse, "llm", "--model", a.gguf, "--device", "cpu"],
+        input="".join(r + "\n" for r in requests), stdout=subprocess.PIPE, text=True, check=True,
+    )
+    return [json.loads(line)["ids"] for line in done.stdout.splitlines()]
+
+
+def start(name, a, ids, ids_file):
     me = [sys.executable, os.path.abspath(__file__)]
-    passed = ["--hf", a.hf, "--gguf", a.gguf, "--prompts", a.prompts, "--threads", str(a.threads), "--n", str(a.n)]
+    passed = ["--gguf", a.gguf, "--prompts", ids_file, "--threads", str(a.threads)] + (["--hf", a.hf] if a.hf else [])
     threads = {"RAYON_NUM_THREADS": str(a.threads), "OMP_NUM_THREADS": str(a.threads)}
     if name == "tailfuse":
         requests = [json.dumps({"op": "logits", "ids": x, "top": 1}) for x in ids]
@@ -204,7 +221,7 @@ def cpu_name():
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--gguf", required=True)
-    ap.add_argument("--hf", required=True)
+    ap.add_argument("--hf")
     ap.add_argument("--prompts", required=True)
     ap.add_argument("--tailfuse", default="target/release/tailfuse")
     ap.add_argument("--batch-command")
@@ -215,16 +232,18 @@ def main():
     ap.add_argument("--worker", choices=["llamacpp", "transformers"], help=argparse.SUPPRESS)
     a = ap.parse_args()
 
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(os.path.join(a.hf, "tokenizer.json"))
-    texts = read_texts(a.prompts)
-    texts = texts[: a.n] if a.n else texts
-    ids = [tokenizer.encode(t, add_special_tokens=False).ids for t in texts]
     if a.worker:
+        with open(a.prompts, encoding="utf-8") as fh:
+            ids = json.load(fh)
         return {"llamacpp": worker_llamacpp, "transformers": worker_transformers}[a.worker](a, ids)
 
-    engines = [start(name, a, ids) for name in a.engines.split(",")]
+    texts = read_texts(a.prompts)
+    texts = texts[: a.n] if a.n else texts
+    ids = tokenize(a, texts)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as ids_file:
+        json.dump(ids, ids_file)
+        ids_file.flush()
+        engines = [start(name, a, ids, ids_file.name) for name in a.engines.split(",")]
     runs, best = {e.name: [] for e in engines}, {}
     for r in range(a.rounds):
         for e in engines:

@@ -1,6 +1,8 @@
 //! All integration tests, one binary.
 #![allow(clippy::unwrap_used, clippy::print_stderr, missing_docs)]
 
+/// The catalog against a local HTTP server and a stand-in for pip: good and bad sources, locks, files placed by hand.
+mod catalog;
 // Generated documents are current: docs/pipeline.md, the JSON Schema.
 mod docs;
 // The pipeline file's language: parsing, parameters, validation, the graph.
