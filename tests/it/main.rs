@@ -19,3 +19,13 @@ mod fusion;
 mod recommenders;
 /// The leave-one-out split of MovieLens-100K has the reference's contents.
 mod split_ml100k;
+// Damaged Parquet files are named, and never cause a panic.
+mod corrupt_tables;
+// SQL: functions, shipped files, the names of tables, errors, output, and the stages on it.
+mod query_sql;
+// `top_similar` as SQL and as a stage.
+mod similar;
+// Sources: types, partitions, bad rows, repeats.
+mod sources;
+// What the tests of tables share.
+mod table_support;
