@@ -50,7 +50,8 @@ pub fn hit_of(found: &Found, k: usize) -> f64 {
 /// that of a list that has all of them first (of as many as fit into `k`). With one it is
 /// [`ndcg_at`].
 pub fn ndcg_of(found: &Found, k: usize) -> f64 {
-    let dcg: f64 = found.places.iter().map(|&r| ndcg_at(Some(r), k)).sum();
+    // Not `sum()`, which is -0 for no place.
+    let dcg = found.places.iter().fold(0.0, |dcg, &r| dcg + ndcg_at(Some(r), k));
     let ideal: f64 = (1..=found.held_out.min(k)).map(|r| ndcg_at(Some(r), k)).sum();
     if ideal > 0.0 { dcg / ideal } else { 0.0 }
 }
@@ -148,6 +149,11 @@ mod tests {
         assert_eq!(ndcg_of(&found(&[1, 2, 3], 3), 2), 1.0);
         assert_eq!((hit_of(&found(&[4, 9], 5), 3), hit_of(&found(&[4, 9], 5), 4)), (0.0, 1.0));
         assert_eq!((ndcg_of(&found(&[], 2), 3), hit_of(&found(&[], 2), 3)), (0.0, 0.0));
+    }
+
+    #[test]
+    fn nothing_found_is_a_positive_zero() {
+        assert_eq!(ndcg_of(&found(&[], 1), 10).to_bits(), 0.0f64.to_bits());
     }
 
     #[test]

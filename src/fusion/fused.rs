@@ -7,21 +7,22 @@
 use std::sync::Arc;
 
 use arrow::array::{
-    ArrayRef, BooleanArray, Float32Array, Float64Array, Int32Array, Int64Array, RecordBatch, StringArray, UInt64Array,
+    ArrayRef, BooleanArray, Float32Array, Float64Array, Int32Array, Int64Array, StringArray, UInt64Array,
     new_null_array,
 };
 use arrow::compute::{filter_record_batch, take};
 use arrow::datatypes::{DataType, TimeUnit};
 
 use crate::columns::{
-    ITEM_ID, LLM_ASKED_AT, LLM_RANK, LLM_SCORE, PROMPT_DIGEST, REASON, REC_RANK, REC_SCORE, SOURCE, TITLE, USER_ID,
+    ITEM_ID, LLM_ASKED_AT, LLM_RANK, LLM_SCORE, PROMPT_DIGEST, RANK, REASON, REC_RANK, REC_SCORE, SOURCE, TITLE,
+    USER_ID,
 };
 use crate::error::{Error, Result};
 use crate::fusion::long_tail::{Bounds, History, LongTail, Weights};
 use crate::fusion::shortlists::{Shortlists, encode};
 use crate::fusion::source::{self, Source};
 use crate::interactions::IdMap;
-use crate::tables::schemas::{RECOMMENDATIONS, SHORTLIST, TableSpec};
+use crate::tables::schemas::{SHORTLIST, TableSpec};
 use crate::tables::{IdColumn, Table};
 
 /// The tables that fusion reads.
@@ -167,14 +168,11 @@ pub fn fuse_tables(inputs: &FuseInputs<'_>, options: &FuseOptions) -> Result<Fus
     Ok(FusedTables { recommendations, shortlist: whole, counts })
 }
 
-/// The rows of rank <= k.
+/// The rows of rank <= k: the columns of `recommendations` are those of `shortlist`.
 fn first_k(whole: &Table, k: usize) -> Result<Table> {
     let batch = whole.to_batch()?;
-    let keep: BooleanArray =
-        whole.i32s(crate::columns::RANK)?.into_iter().map(|rank| Some(rank as usize <= k)).collect();
-    let batch: RecordBatch = filter_record_batch(&batch, &keep)?;
-    debug_assert_eq!(batch.num_columns(), RECOMMENDATIONS.plain_schema().fields().len());
-    Ok(Table::from_batch(batch))
+    let keep: BooleanArray = whole.i32s(RANK)?.into_iter().map(|rank| Some(rank as usize <= k)).collect();
+    Ok(Table::from_batch(filter_record_batch(&batch, &keep)?))
 }
 
 /// The fused rows as columns; equal lengths.
