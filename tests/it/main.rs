@@ -1,2 +1,9 @@
 //! All integration tests, one binary.
 #![allow(clippy::unwrap_used, clippy::print_stderr, missing_docs)]
+
+/// The LLM engine against golden values.
+mod llm;
+/// Damaged, cut-off and foreign model files.
+mod llm_files;
+/// The JSON-lines protocol of `tailfuse llm`.
+mod llm_serve;
