@@ -235,7 +235,7 @@ fn check_tokens(config: &LlamaConfig, what: &str, ids: &[u32], more: usize) -> R
     if ids.is_empty() {
         return Err(Error::data(format!("the {what} has no tokens; at least 1 is needed")));
     }
-    if ids.len() + more > config.context {
+    if ids.len().saturating_add(more) > config.context {
         let with = if more > 0 { format!(" with the {more} beside it") } else { String::new() };
         return Err(Error::data(format!(
             "the {what} of {} tokens{with} is longer than the model's context of {} tokens",

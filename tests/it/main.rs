@@ -29,3 +29,9 @@ mod similar;
 mod sources;
 // What the tests of tables share.
 mod table_support;
+/// The LLM engine against golden values.
+mod llm;
+/// Damaged, cut-off and foreign model files.
+mod llm_files;
+/// The JSON-lines protocol of `tailfuse llm`.
+mod llm_serve;
