@@ -187,8 +187,8 @@ mod driver {
         let mut n: c_int = 0;
         // SAFETY: the signatures are those of the CUDA driver API, and `n` outlives the call.
         let (code, code_count) = unsafe {
-            let init: extern "C" fn(c_uint) -> c_int = std::mem::transmute(init);
-            let count: extern "C" fn(*mut c_int) -> c_int = std::mem::transmute(count);
+            let init = std::mem::transmute::<*mut c_void, extern "C" fn(c_uint) -> c_int>(init);
+            let count = std::mem::transmute::<*mut c_void, extern "C" fn(*mut c_int) -> c_int>(count);
             let code = init(0);
             (code, if code == 0 { count(&mut n) } else { code })
         };

@@ -23,10 +23,10 @@ pub struct MfHyper {
     /// Length of the users' and items' embeddings. Default 64.
     #[schemars(range(min = 1, max = 4096))]
     pub embedding_dim: u32,
-    /// Step size of Adam. Default 0.001.
+    /// Step size of Adam. Default 0.002.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub learning_rate: f64,
-    /// Weight of the L2 term on the embeddings of a batch. Default 0.01.
+    /// Weight of the L2 term on the embeddings of a batch. Default 0.004.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub l2: f64,
     /// Train pairs per step. Default 2048.
@@ -47,8 +47,8 @@ impl Default for MfHyper {
     fn default() -> Self {
         MfHyper {
             embedding_dim: 64,
-            learning_rate: 1e-3,
-            l2: 1e-2,
+            learning_rate: 2e-3,
+            l2: 4e-3,
             batch_size: 2048,
             epochs: 200,
             eval_every: 2,

@@ -220,3 +220,111 @@ fn shortlist_table(model: &TrainedModel, users: &[u32], lists: &[Vec<Scored>]) -
         (REC_SCORE, Arc::new(Float32Array::from_iter_values(rows().map(|(_, place)| place.score))), false),
     ])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Fault;
+    use crate::recommenders::embedding_scorer::EmbeddingScorer;
+    use crate::recommenders::saved::ModelCard;
+    use crate::stages::OutputTable;
+    use arrow::array::{ArrayRef, Int64Array, StringArray};
+
+    /// Users a, b, c; items 1 to 4; the score of item n is n for a and b, -n for c.
+    fn artifact() -> Artifact {
+        let all = vec![1.0, 1.0, -1.0, 1.0, 2.0, 3.0, 4.0];
+        let strings = IdColumn::Str(["a", "b", "c"].map(str::to_owned).to_vec());
+        let model = TrainedModel {
+            card: ModelCard::new("mf", json!({}), 3, 4),
+            users: IdMap::new(&[&strings]).unwrap(),
+            items: IdMap::new(&[&IdColumn::Int(vec![1, 2, 3, 4])]).unwrap(),
+            scorer: Box::new(EmbeddingScorer::new(3, 4, 1, all.clone(), all)),
+        };
+        Artifact { files: model.to_files().unwrap() }
+    }
+
+    fn strings(values: &[&str]) -> ArrayRef {
+        Arc::new(StringArray::from(values.to_vec()))
+    }
+
+    fn history(pairs: &[(&str, i64)]) -> Table {
+        let items: ArrayRef = Arc::new(Int64Array::from_iter_values(pairs.iter().map(|p| p.1)));
+        let users = strings(&pairs.iter().map(|p| p.0).collect::<Vec<_>>());
+        Table::from_columns(vec![(USER_ID, users, false), (ITEM_ID, items, false)]).unwrap()
+    }
+
+    fn run(history: &Table, users: Option<&Table>, k: usize) -> Result<StageResult> {
+        shortlists(&artifact(), history, users, k, &|_| Ok(()))
+    }
+
+    fn rows(result: &StageResult) -> Vec<(String, i64, i32, f32)> {
+        let OutputTable::Memory(table) = &result.tables["shortlist"] else { panic!("a table in memory was expected") };
+        let users = table.strings(USER_ID).unwrap().into_iter().flatten();
+        let (items, ranks) = (table.i64s(ITEM_ID).unwrap(), table.i32s(REC_RANK).unwrap());
+        let scores = table.f32s(REC_SCORE).unwrap();
+        users.zip(items).zip(ranks).zip(scores).map(|(((u, i), r), s)| (u, i, r, s)).collect()
+    }
+
+    #[test]
+    fn unseen_items_come_best_first_sorted_by_user() {
+        let result = run(&history(&[("c", 4), ("a", 4), ("a", 2), ("a", 9), ("z", 1)]), None, 2).unwrap();
+        let want = [("a", 3, 1, 3.0), ("a", 1, 2, 1.0), ("c", 1, 1, -1.0), ("c", 2, 2, -2.0)];
+        assert_eq!(rows(&result), want.map(|(u, i, r, s)| (u.to_owned(), i, r, s)));
+        for (name, value) in [
+            ("users", 2),
+            ("rows", 4),
+            ("users_unknown", 1),         // z is not in the model
+            ("history_rows_unknown", 1),  // item 9 is not in the model
+            ("users_without_history", 0), // b is in the model only
+            ("users_short", 0),
+        ] {
+            assert_eq!(result.counters[name], json!(value), "{name}");
+        }
+        let OutputTable::Memory(table) = &result.tables["shortlist"] else { panic!() };
+        assert_eq!(table.schema(), schema(DataType::Utf8, DataType::Int64));
+    }
+
+    #[test]
+    fn only_the_users_that_are_asked_for() {
+        let users = Table::from_columns(vec![(USER_ID, strings(&["c", "c", "b", "z"]), false)]).unwrap();
+        let result = run(&history(&[("c", 4), ("a", 4)]), Some(&users), 9).unwrap();
+        assert_eq!(
+            rows(&result).iter().map(|r| (r.0.as_str(), r.1)).collect::<Vec<_>>(),
+            [("c", 1), ("c", 2), ("c", 3)]
+        );
+        assert_eq!(result.counters["users_without_history"], json!(1));
+        assert_eq!(result.counters["users_unknown"], json!(1));
+        assert_eq!(result.counters["users_short"], json!(1));
+    }
+
+    #[test]
+    fn nothing_seen_by_anyone_gives_an_empty_table() {
+        let result = run(&history(&[]), None, 3).unwrap();
+        assert!(rows(&result).is_empty());
+    }
+
+    #[test]
+    fn ids_of_another_type_are_an_error_and_not_an_empty_result() {
+        let numbers: ArrayRef = Arc::new(Int64Array::from(vec![1]));
+        let table = Table::from_columns(vec![(USER_ID, numbers.clone(), false), (ITEM_ID, numbers, false)]).unwrap();
+        let error = run(&table, None, 3).err().unwrap();
+        assert_eq!((error.fault, error.message.contains("`user_id`")), (Fault::Data, true));
+    }
+
+    #[test]
+    fn a_damaged_model_is_named() {
+        let mut damaged = artifact();
+        damaged.files.remove("model.safetensors");
+        let error = shortlists(&damaged, &history(&[("a", 1)]), None, 3, &|_| Ok(())).err().unwrap();
+        assert_eq!((error.fault, error.message.contains("`model`")), (Fault::Data, true));
+    }
+
+    #[test]
+    fn a_stop_request_ends_the_work() {
+        let stop = |event| match event {
+            Event::Begin(_) => Ok(()),
+            Event::Done(_) => Err(Error::internal("stop")),
+        };
+        assert!(shortlists(&artifact(), &history(&[("a", 1)]), None, 3, &stop).is_err());
+    }
+}

@@ -331,3 +331,166 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Fault;
+    use arrow::array::{Array, AsArray, Int64Array, StringArray};
+    use arrow::datatypes::Float32Type;
+    use std::path::Path;
+    use std::sync::Mutex;
+
+    fn resolved(config: Value) -> Result<Box<dyn Stage>> {
+        resolve(config, &ResolveContext { root: Path::new("."), history_at_test: "train" })
+    }
+
+    #[derive(Default)]
+    struct Heard(Mutex<Vec<String>>);
+
+    impl Observer for Heard {
+        fn begin(&self, unit: &str, total: u64) {
+            self.note(&format!("begin {unit} {total}"));
+        }
+        fn advance(&self, n: u64) {
+            self.note(&format!("advance {n}"));
+        }
+        fn note(&self, text: &str) {
+            self.0.lock().unwrap().push(text.to_owned());
+        }
+    }
+
+    fn work(model: &str, epochs: u32) -> (Work, Arc<Heard>) {
+        let heard = Arc::new(Heard::default());
+        let hyper = json!({"epochs": epochs, "embedding_dim": 4, "batch_size": 8});
+        let recommender = registry::find(model).unwrap().recommender(&hyper).unwrap().into();
+        let progress = Progress { observer: heard.clone(), cancel: Cancel::default() };
+        (Work { model: model.to_owned(), recommender, device: DeviceChoice::Cpu, seed: 7, progress }, heard)
+    }
+
+    fn log(pairs: &[(&str, i64)]) -> Table {
+        Table::from_columns(vec![
+            (USER_ID, Arc::new(StringArray::from_iter_values(pairs.iter().map(|p| p.0))), false),
+            (ITEM_ID, Arc::new(Int64Array::from_iter_values(pairs.iter().map(|p| p.1))), false),
+        ])
+        .unwrap()
+    }
+
+    fn items(ids: &[i64]) -> Table {
+        Table::from_columns(vec![(ITEM_ID, Arc::new(Int64Array::from(ids.to_vec())), false)]).unwrap()
+    }
+
+    fn memory(result: &StageResult, name: &str) -> Table {
+        match &result.tables[name] {
+            super::super::context::OutputTable::Memory(table) => table.clone(),
+            super::super::context::OutputTable::Stream(_) => panic!("a table in memory was expected"),
+        }
+    }
+
+    #[test]
+    fn all_outputs_are_made_and_indices_stand_for_sorted_ids() {
+        let train = log(&[("b", 10), ("b", 30), ("a", 10), ("a", 10), ("c", 20)]);
+        let valid = log(&[("a", 30), ("d", 10)]);
+        let (work, heard) = work("lightgcn", 4);
+        let result = work.run(&train, Some(&valid), Some(&items(&[40, 10, 20, 30])), None).unwrap();
+        for (name, value) in [
+            ("users", json!(4)),
+            ("items", json!(4)),
+            ("interactions", json!(4)),
+            ("epochs", json!(4)),
+            ("valid_users", json!(1)),
+            ("valid_cold", json!(1)), // user d has no train interactions
+            ("weights_fit_on", json!("train")),
+            ("device", json!("cpu")),
+        ] {
+            assert_eq!(result.counters[name], value, "{name}");
+        }
+        assert!(result.counters["valid_ndcg_10"].is_number() && result.counters["seconds_per_epoch"].is_number());
+
+        let model = TrainedModel::from_files(&result.artifacts["model"].files).unwrap();
+        assert_eq!((model.card.model.as_str(), model.card.seed, model.card.users), ("lightgcn", 7, 4));
+        assert_eq!(model.card.hyper["layers"], 3);
+        let users = memory(&result, "user_embeddings");
+        assert_eq!(users.strings(USER_ID).unwrap().into_iter().flatten().collect::<Vec<_>>(), ["a", "b", "c", "d"]);
+        assert_eq!(memory(&result, "item_embeddings").i64s(ITEM_ID).unwrap(), [10, 20, 30, 40]);
+        let vectors = users.column(EMBEDDING).unwrap();
+        let of_b = vectors.as_list::<i32>().value(1);
+        let embeddings = model.scorer.user_embeddings().unwrap();
+        assert_eq!(of_b.as_primitive::<Float32Type>().values(), &embeddings.values[4..8]);
+
+        let epochs = memory(&result, "epochs");
+        assert_eq!(epochs.schema(), epochs_schema());
+        assert_eq!(epochs.i32s("epoch").unwrap(), [1, 2, 3, 4]);
+        assert_eq!(epochs.column("valid_ndcg_10").unwrap().null_count(), 2); // measured every second epoch
+        let heard = heard.0.lock().unwrap();
+        assert_eq!(heard[1], "begin epochs 4");
+        assert!(heard[0].contains("cpu") && heard.last().unwrap().contains("validation NDCG@10"), "{heard:?}");
+        assert_eq!(heard.iter().filter(|h| *h == "advance 1").count(), 4);
+    }
+
+    #[test]
+    fn without_validation_no_figure_is_invented() {
+        let (work, _) = work("mf", 2);
+        let result = work.run(&log(&[("a", 1), ("b", 2)]), None, None, None).unwrap();
+        assert_eq!(result.counters["valid_ndcg_10"], Value::Null);
+        assert_eq!(result.counters["best_epoch"], json!(2));
+    }
+
+    #[test]
+    fn input_that_is_wrong_is_named() {
+        let (work, _) = work("mf", 2);
+        let error = work.run(&log(&[]), None, None, None).err().unwrap();
+        assert_eq!((error.fault, error.message.contains("`train`")), (Fault::Data, true));
+        let error = work.run(&items(&[1]), None, None, None).err().unwrap();
+        assert!(error.message.contains("`train`") && error.message.contains("`user_id`"), "{error}");
+        let strings = Table::from_columns(vec![(ITEM_ID, Arc::new(StringArray::from(vec!["1"])), false)]).unwrap();
+        let error = work.run(&log(&[("a", 1)]), None, Some(&strings), None).err().unwrap();
+        assert_eq!((error.fault, error.message.contains("`item_id`")), (Fault::Data, true));
+    }
+
+    #[test]
+    fn a_stop_request_ends_the_fit() {
+        let (work, _) = work("mf", 2);
+        work.progress.cancel.request(15);
+        let error = work.run(&log(&[("a", 1), ("b", 2)]), None, None, None).err().unwrap();
+        assert_eq!(error.fault, Fault::Terminated);
+    }
+
+    #[test]
+    fn the_ids_of_a_split_are_found_beside_its_train_part() {
+        let slots = |config: Value| {
+            let stage = resolved(config).unwrap();
+            stage.inputs().into_iter().map(|i| format!("{}={}", i.slot, i.reference)).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            slots(json!({"model": "mf", "train": "parts.train", "valid": "parts.valid"})),
+            ["train=parts.train", "valid=parts.valid", "items=parts.items", "users=parts.users"]
+        );
+        assert_eq!(slots(json!({"model": "mf", "train": "log"})), ["train=log"]);
+        assert_eq!(
+            slots(json!({"model": "mf", "train": "parts.train", "items": "catalogue", "users": ""})),
+            ["train=parts.train", "items=catalogue"]
+        );
+    }
+
+    #[test]
+    fn the_identity_holds_every_hyper_parameter() {
+        let identity = resolved(json!({"model": "lightgcn", "train": "x", "hyper": {"layers": 2}})).unwrap().identity();
+        assert_eq!(identity["hyper"]["layers"], 2);
+        assert_eq!(identity["hyper"]["embedding_dim"], 64);
+        let error = resolved(json!({"model": "mf", "train": "x", "hyper": {"layers": 2}})).err().unwrap();
+        assert_eq!((error.fault, error.message.contains("`layers`")), (Fault::Spec, true));
+        assert_eq!(resolved(json!({"model": "gcn", "train": "x"})).err().unwrap().fault, Fault::Spec);
+    }
+
+    #[test]
+    fn an_embedding_table_may_have_several_batches() {
+        let n = BATCH_ROWS + 5;
+        let ids = IdMap::new(&[&IdColumn::Int((0..n as i64).collect())]).unwrap();
+        let values: Vec<f32> = (0..n * 2).map(|v| v as f32).collect();
+        let table = embedding_table(USER_ID, &ids, Embeddings { dim: 2, values: &values }).unwrap();
+        assert_eq!((table.num_rows(), table.batches().len()), (n, 2));
+        let last = table.batches()[1].column(1).as_list::<i32>().value(4);
+        assert_eq!(last.as_primitive::<Float32Type>().values(), &values[2 * (n - 1)..]);
+    }
+}

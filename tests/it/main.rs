@@ -35,3 +35,6 @@ mod llm;
 mod llm_files;
 /// The JSON-lines protocol of `tailfuse llm`.
 mod llm_serve;
+
+/// Figures of the recommenders on MovieLens-100K (run by hand).
+mod recommenders_ml100k;
