@@ -156,6 +156,24 @@ impl Item {
         }
     }
 
+    /// The first entry with that key, here or below.
+    pub fn find_key(&self, key: &str) -> Option<&Entry> {
+        match &self.value {
+            ItemValue::Array(items) => items.iter().find_map(|i| i.find_key(key)),
+            _ => self.entry(key).or_else(|| self.entries().iter().find_map(|e| e.item.find_key(key))),
+        }
+    }
+
+    /// Whether a value that was reported already is here or below.
+    pub fn is_broken(&self) -> bool {
+        match &self.value {
+            ItemValue::Invalid => true,
+            ItemValue::Array(items) => items.iter().any(Item::is_broken),
+            ItemValue::Table(entries) => entries.iter().any(|e| e.item.is_broken()),
+            _ => false,
+        }
+    }
+
     /// The value's type with its article, for messages.
     pub fn type_name(&self) -> &'static str {
         match self.value {

@@ -8,6 +8,8 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
+use serde_json::Value;
+
 use super::diagnostics::{Diagnostic, list, suggest};
 use super::document::{Item, Origin};
 use super::spec::stage_seed;
@@ -135,8 +137,10 @@ fn resolve(
 /// A refusal of a stage kind at the value that it names in backticks, else at the stage's header.
 fn refusal(name: &str, item: &Item, error: Error, text: &str) -> Diagnostic {
     let named = error.message.split('`').skip(1).step_by(2).find_map(|word| {
-        let at = item.at(word).or_else(|| item.find_string(word));
-        at.map(|i| i.origin.first_line(text))
+        let value = item.at(word).map(|i| &i.origin);
+        let key = || item.find_key(word).map(|e| &e.key_origin);
+        let text_of_value = || item.find_string(word).map(|i| &i.origin);
+        value.or_else(key).or_else(text_of_value).map(|o| o.first_line(text))
     });
     let place = named.unwrap_or_else(|| item.origin.clone());
     let mistake = Diagnostic::new(format!("stage `{name}`: {}", error.message), place, "");
@@ -146,24 +150,23 @@ fn refusal(name: &str, item: &Item, error: Error, text: &str) -> Diagnostic {
     }
 }
 
-/// Two `write` stages must not publish the same table: the later one would undo the first.
+/// Two `write` stages must not publish the same partition of a table: the later would undo the first.
 fn duplicate_tables(stages: &[Resolved], out: &mut Vec<Diagnostic>) {
-    let mut seen: BTreeMap<&str, &Item> = BTreeMap::new();
+    let mut seen: Vec<(&str, Option<Value>, &Item)> = Vec::new();
     for stage in stages.iter().filter(|s| s.node.kind.name == "write") {
         let Some(item) = stage.item.get("table") else { continue };
         let Some(table) = item.as_str() else { continue };
-        match seen.get(table) {
-            None => {
-                seen.insert(table, item);
-            }
-            Some(first) => out.push(
+        let partition = stage.item.get("partition").map(Item::to_json);
+        match seen.iter().find(|(t, p, _)| *t == table && *p == partition) {
+            None => seen.push((table, partition, item)),
+            Some((_, _, first)) => out.push(
                 Diagnostic::new(
                     format!("duplicate output: two stages write the table `{table}`"),
                     item.origin.clone(),
                     "written a second time",
                 )
                 .also(first.origin.clone(), "the first")
-                .with_help("give each its own `table`"),
+                .with_help("give each its own `table` or its own `partition`"),
             ),
         }
     }

@@ -177,13 +177,26 @@ impl Filler<'_> {
             ItemValue::String(text) if ["{{", "{%", "{#"].iter().any(|d| text.contains(d)) => {
                 match self.render(text, &item.origin) {
                     Some(rendered) => {
-                        item.raw = Some(rendered.clone());
-                        item.value = ItemValue::String(rendered);
+                        item.value = match self.lone(text) {
+                            Some(value) => value,
+                            None => ItemValue::String(rendered.clone()),
+                        };
+                        item.raw = Some(rendered);
                     }
                     None => item.value = ItemValue::Invalid,
                 }
             }
             _ => {}
+        }
+    }
+
+    /// The value of the number or boolean that is all there is to the string: `"{{ k }}"`.
+    fn lone(&self, text: &str) -> Option<ItemValue> {
+        let name = text.trim().strip_prefix("{{")?.strip_suffix("}}")?.trim();
+        match self.params.values.get(name)? {
+            Value::Bool(b) => Some(ItemValue::Boolean(*b)),
+            Value::Number(n) => n.as_i64().map(ItemValue::Integer).or_else(|| n.as_f64().map(ItemValue::Float)),
+            _ => None,
         }
     }
 
@@ -286,13 +299,14 @@ mod tests {
 
     #[test]
     fn strings_are_templates() {
-        let text = "a = ['{{ ds }}/x', 3]\nb = \"\"\"\nwhere ds <= '{{ ds }}'\n\"\"\"\nc = '{{ k + 1 }}'\n\
+        let text = "a = ['{{ ds }}/x', 3]\nb = \"\"\"\nwhere ds <= '{{ ds }}'\n\"\"\"\nc = '{{ k + 1 }}'\nd = '{{ k }}'\n\
                     [params]\nds = '2026-11-22'\nk = 10\nraw = '{{ k }}'\n";
         let (root, params, out) = run(text, &[]);
         assert!(out.is_empty(), "{out:?}");
         assert_eq!(root.at("a.0").unwrap().as_str(), Some("2026-11-22/x"));
         assert_eq!(root.at("b").unwrap().as_str(), Some("where ds <= '2026-11-22'\n"), "the newline stays");
         assert_eq!(root.at("c").unwrap().as_str(), Some("11"));
+        assert_eq!(root.at("d").unwrap().to_json(), 10, "a number stays one");
         assert_eq!(params.values["raw"], "{{ k }}", "parameters are not templates");
     }
 

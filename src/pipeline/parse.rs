@@ -19,16 +19,39 @@ const DEEPEST_SET: usize = 16;
 pub fn parse_document(text: &str, out: &mut Vec<Diagnostic>) -> Option<Item> {
     let (table, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
-        // After a broken line the parser guesses, and its later complaints mislead. Duplicate
-        // keys break nothing, so that all of them are shown.
-        let all_duplicate = errors.iter().all(|e| e.message() == "duplicate key");
-        let shown = if all_duplicate { errors.len() } else { 1 };
-        out.extend(errors.iter().take(shown).map(|e| toml_mistake(text, e)));
+        let duplicate = |e: &toml::de::Error| e.message() == "duplicate key";
+        if errors.iter().all(duplicate) {
+            duplicates(text, &errors, out);
+        } else {
+            // After a broken line the parser guesses, and its later complaints mislead.
+            out.extend(errors.iter().find(|e| !duplicate(e)).map(|e| toml_mistake(text, e)));
+        }
         return None;
     }
     let mut place = Origin::File;
     let entries = entries(table.get_ref(), &mut place, out);
     Some(Item::new(ItemValue::Table(entries), Origin::File(0..0)))
+}
+
+/// Duplicate keys break nothing else, so that all of them are shown; but not those that are
+/// there only because their whole table is.
+fn duplicates(text: &str, errors: &[toml::de::Error], out: &mut Vec<Diagnostic>) {
+    let mut until = 0;
+    for error in errors {
+        let start = error.span().map_or(0, |s| s.start).min(text.len());
+        if start < until {
+            continue;
+        }
+        out.push(toml_mistake(text, error));
+        let is_header = |line: &str| line.trim_start().starts_with('[');
+        let line_start = text.get(..start).and_then(|t| t.rfind('\n')).map_or(0, |n| n + 1);
+        let rest = text.get(line_start..).unwrap_or_default();
+        let mut lines = rest.split_inclusive('\n');
+        if lines.next().is_some_and(is_header) {
+            let own: usize = lines.take_while(|l| !is_header(l)).map(str::len).sum();
+            until = line_start + rest.find('\n').map_or(rest.len(), |n| n + 1) + own;
+        }
+    }
 }
 
 fn toml_mistake(text: &str, error: &toml::de::Error) -> Diagnostic {

@@ -9,9 +9,11 @@ use std::path::Path;
 use schemars::schema_for;
 use serde_json::{Map, Value};
 
-use super::schema_walk::{Shape, range_text};
+use super::parse::parse_document;
+use super::schema_walk::{Shape, check, range_text};
 use super::spec::TopLevel;
 use super::validate::stage_schema;
+use crate::error::{Error, Result};
 use crate::stages::{KINDS, ResolveContext, Stage, StageKind, What};
 use crate::tables::SourceConfig;
 
@@ -35,16 +37,27 @@ columns = { item_id = "id", title = "name" }
 kind = "split"
 input = "log"
 
-[stages.model]
+[stages.lightgcn]
 kind = "train"
 model = "lightgcn"
 train = "parts.train"
 valid = "parts.valid"
 
-[stages.popular]
+[stages.shortlist]
+kind = "recommend"
+model = "lightgcn.model"
+history = "parts.history"
+
+[stages.with_titles]
 kind = "sql"
-inputs = { log = "log", movies = "movies" }
-sql = "select item_id, title, count(*) as n from log join movies using (item_id) group by item_id, title"
+inputs = { shortlist = "shortlist", movies = "movies" }
+query = "select s.*, m.title from shortlist s left join movies m on s.item_id = m.item_id"
+
+[stages.publish]
+kind = "write"
+input = "with_titles"
+table = "recommendations"
+partition = { ds = "{{ ds }}" }
 "#;
 
 /// `docs/pipeline.md` with all stage kinds.
@@ -90,7 +103,7 @@ nothing reads is a mistake. `tailfuse validate FILE` only checks; `tailfuse sche
 **References.** `parts.train` is the output `train` of the stage `parts`; `parts` alone is its first output. Of a source, `log` is its rows and \
 `log.bad_rows` the rows that were set aside. Names have lower-case letters, digits and `_`, and begin with a letter; a source and a stage cannot share one.
 
-**From the command line.** `--set model.hyper.layers=2` replaces a key of a stage or source (more dots go deeper), `--set seed=7` one at the top. The value is \
+**From the command line.** `--set lightgcn.hyper.layers=2` replaces a key of a stage or source (more dots go deeper), `--set seed=7` one at the top. The value is \
 read as TOML, and as a string where it is none.";
 
 const PARAMS: &str = "### Parameters: `[params]`
@@ -161,10 +174,13 @@ impl Doc {
     fn kind(&mut self, kind: &StageKind) {
         self.line(&format!("### `{}`", kind.name));
         self.line(kind.about);
-        self.line(&format!("```toml\n{}```", sample_as_stage(kind)));
         let schema = stage_schema(kind);
+        // The first paragraph of a config's own doc comment says what `about` says.
+        let description = schema.get("description").and_then(Value::as_str).unwrap_or_default();
+        description.split("\n\n").skip(1).for_each(|p| self.line(p));
+        self.line(&format!("```toml\n{}```", sample_as_stage(kind)));
         self.keys(&schema, &schema, "");
-        let Some(stage) = resolve_sample(kind) else { return };
+        let Ok(stage) = resolve_sample(kind) else { return };
         let what = |what: What| if what == What::Table { "table" } else { "artifact" }.to_owned();
         let inputs: Vec<Vec<String>> = stage
             .inputs()
@@ -187,10 +203,22 @@ impl Doc {
     }
 }
 
-/// The stage of a kind's sample. Samples need no files.
-pub fn resolve_sample(kind: &StageKind) -> Option<Box<dyn Stage>> {
-    let config: Value = toml::from_str(kind.sample).ok()?;
-    (kind.resolve)(config, &ResolveContext { root: Path::new("."), history_at_test: "train+valid" }).ok()
+/// The stage of a kind's sample, checked as a stage of a pipeline file is. Samples need no files.
+/// Errors (exit 70): the sample is not a right config.
+pub fn resolve_sample(kind: &StageKind) -> Result<Box<dyn Stage>> {
+    let wrong = |why: String| Error::internal(format!("the sample of stage kind `{}`: {why}", kind.name));
+    let text = format!("kind = \"{}\"\n{}", kind.name, kind.sample);
+    let mut found = Vec::new();
+    let tree = parse_document(&text, &mut found);
+    let mut config = tree.map(|t| check(&t, kind.name, &stage_schema(kind), &mut found)).unwrap_or_default();
+    if let Some(mistake) = found.first() {
+        return Err(wrong(mistake.message.clone()));
+    }
+    if let Some(map) = config.as_object_mut() {
+        map.shift_remove("kind");
+    }
+    let context = ResolveContext { root: Path::new("."), history_at_test: "train+valid" };
+    (kind.resolve)(config, &context).map_err(|e| wrong(e.to_string()))
 }
 
 /// A kind's sample as a stage of a pipeline file.

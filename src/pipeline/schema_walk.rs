@@ -256,6 +256,14 @@ impl<'a> Walk<'a> {
 
     fn table(&mut self, entries: &[Entry], item: &Item, path: &str, shape: &Shape<'a>) -> Value {
         let mut json = Map::new();
+        let (least, most) = (self.limit(shape, "minProperties"), self.limit(shape, "maxProperties"));
+        if let Some(wanted) = count_mistake(entries.len() as u64, least, most, "key") {
+            self.out.push(Diagnostic::new(
+                format!("`{path}` has {} keys", entries.len()),
+                item.origin.clone(),
+                format!("expected {wanted}"),
+            ));
+        }
         // A struct has properties and takes no others; a map has only a schema for its values.
         let is_struct = shape.keyword("properties").is_some();
         let others = shape.keyword("additionalProperties").filter(|o| o.is_object());
@@ -460,7 +468,7 @@ mod tests {
         let (_, out) = run("strategy = 'leave-one-aut'\nlayers = 0\nshare = 'x'\ninputs = { x = 1 }\n\
              tags = [1]\nhyper = { rat = 1 }\nlayer = 2\nrate = 3\ndeep = 'no'\n");
         let wanted = [
-            "`s.strategy` cannot be `leave-one-aut` / did you mean `leave-one-out`? / allowed: `leave-one-out`, `global-time`, `random`",
+            "`s.strategy` cannot be `leave-one-aut` / did you mean `leave-one-out`? / allowed: `global-time`, `random`, `leave-one-out`",
             "`s.layers` is out of range: 0 / expected 1 to 8 / ",
             "`s.share` has the wrong type / expected a number, found a string / ",
             "`s.inputs.x` has the wrong type / expected a string, found an integer / ",
@@ -489,6 +497,31 @@ mod tests {
         let root = parse_document("n = 4294967296", &mut out).unwrap();
         check(&root, "", &schema, &mut out);
         assert_eq!(out[0].labels[0].text, "expected 0 to 4294967295");
+    }
+
+    #[test]
+    fn counts_are_checked() {
+        let schema = serde_json::json!({"type": "object", "properties": {
+            "map": {"type": "object", "additionalProperties": {"type": "string"}, "minProperties": 1},
+            "list": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2},
+            "letter": {"type": "string", "minLength": 1, "maxLength": 1},
+        }});
+        let mut out = Vec::new();
+        let root = parse_document("map = {}\nlist = [1, 2, 3]\nletter = 'ab'", &mut out).unwrap();
+        check(&root, "s", &schema, &mut out);
+        let shown: Vec<String> = out.iter().map(|d| format!("{} / {}", d.message, d.labels[0].text)).collect();
+        assert_eq!(
+            shown,
+            [
+                "`s.map` has 0 keys / expected at least 1 key",
+                "`s.list` has 3 values / expected 1 to 2 values",
+                "`s.letter` has 2 characters / expected exactly 1 character",
+            ]
+        );
+        let root = parse_document("map = { a = 'b' }\nlist = [1, 2]\nletter = 'é'", &mut out).unwrap();
+        out.clear();
+        check(&root, "s", &schema, &mut out);
+        assert!(out.is_empty(), "{out:?}");
     }
 
     #[test]

@@ -13,6 +13,9 @@ use super::spec::{TopLevel, parse_bytes};
 use crate::stages::StageKind;
 use crate::tables::SourceConfig;
 
+/// The top-level keys that hold tables of their own.
+const SECTIONS: [&str; 3] = ["params", "sources", "stages"];
+
 /// A source of the file.
 pub struct CheckedSource {
     /// Its name.
@@ -51,9 +54,10 @@ pub fn validate(root: &Item, kinds: &'static [StageKind], text: &str, out: &mut 
     let mut json = check(root, "", &top_schema(), out);
     let (memory_limit, name_is_right) = top_values(root, out);
     if let Some(map) = json.as_object_mut() {
-        ["params", "sources", "stages"].iter().for_each(|k| drop(map.shift_remove(*k)));
+        SECTIONS.iter().for_each(|k| drop(map.shift_remove(*k)));
     }
-    let top = match out.len() == before && name_is_right {
+    let whole = root.entries().iter().all(|e| SECTIONS.contains(&e.key.as_str()) || !e.item.is_broken());
+    let top = match out.len() == before && name_is_right && whole {
         true => serde_json::from_value(json)
             .inspect_err(|e| out.push(Diagnostic::new(e.to_string(), Origin::File(0..0), "")))
             .ok(),
@@ -177,7 +181,7 @@ fn source(entry: &Entry, schema: &Value, out: &mut Vec<Diagnostic>) -> CheckedSo
     let before = out.len();
     let json = check(&entry.item, &format!("sources.{name}"), schema, out);
     mapped_twice(&entry.item, out);
-    let config = match out.len() == before {
+    let config = match out.len() == before && !entry.item.is_broken() {
         true => serde_json::from_value(json)
             .inspect_err(|e| out.push(Diagnostic::new(e.to_string(), entry.item.origin.clone(), "in this source")))
             .ok(),
@@ -243,7 +247,8 @@ fn stage(entry: &Entry, kinds: &'static [StageKind], text: &str, out: &mut Vec<D
         map.shift_remove("kind");
         seed = map.shift_remove("seed").and_then(|s| s.as_u64());
     }
-    let config = (out.len() == before).then_some((kind, json));
+    let whole = out.len() == before && !item.is_broken();
+    let config = whole.then_some((kind, json));
     CheckedStage { name, item, config, seed }
 }
 

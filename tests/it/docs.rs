@@ -2,8 +2,9 @@
 
 use serde_json::Value;
 use tailfuse::pipeline::json_schema::json_schema_of;
-use tailfuse::pipeline::reference_docs::{EXAMPLE, pipeline_markdown_of};
+use tailfuse::pipeline::reference_docs::{EXAMPLE, pipeline_markdown_of, resolve_sample};
 use tailfuse::pipeline::{LoadOptions, json_schema, load_text, pipeline_markdown};
+use tailfuse::stages::KINDS;
 
 use crate::pipeline_file_fakes::FAKES;
 
@@ -72,10 +73,27 @@ fn the_schema_holds_together() {
     assert_eq!(schema["$defs"]["train.Hyper"]["properties"]["layers"]["maximum"], 8);
 }
 
+/// Samples are right configs of their kinds, and kinds are told apart by their names.
+#[test]
+fn every_kind_has_a_sample_that_resolves() {
+    for kind in KINDS.iter().chain(FAKES) {
+        let stage = resolve_sample(kind).unwrap_or_else(|e| panic!("{e}"));
+        assert!(!stage.inputs().is_empty(), "`{}` reads nothing", kind.name);
+        assert!(!kind.about.is_empty() && kind.version > 0);
+        let slots: Vec<String> = stage.outputs().iter().map(|o| o.name.to_owned()).collect();
+        assert!(slots.iter().enumerate().all(|(i, o)| !slots[..i].contains(o)), "`{}`: {slots:?}", kind.name);
+    }
+    for (i, kind) in KINDS.iter().enumerate() {
+        assert!(KINDS[..i].iter().all(|k| k.name != kind.name), "`{}` is there twice", kind.name);
+        let file = format!("src/stages/{}.rs", kind.name);
+        assert!(std::path::Path::new(&file).exists(), "{file} holds kind `{}`", kind.name);
+    }
+}
+
 /// The example at the head of the docs is a right pipeline of the real kinds.
 #[test]
 fn the_example_of_the_docs_loads() {
     let pipeline = load_text(EXAMPLE.to_owned(), "example.toml".as_ref(), &LoadOptions::default()).unwrap();
     let order: Vec<&str> = pipeline.stages.iter().map(|s| s.name.as_str()).collect();
-    assert_eq!(order, ["parts", "model", "popular"]);
+    assert_eq!(order, ["parts", "lightgcn", "shortlist", "with_titles", "publish"]);
 }

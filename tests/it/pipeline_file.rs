@@ -79,8 +79,8 @@ fn templates_reach_sources_and_stages_and_numbers_stay_numbers() {
     assert_eq!(log.filter.as_deref(), Some("ds <= '2026-11-23'"));
     assert_eq!(log.columns["user_id"], "uid");
     assert_eq!(pipeline.stage("shortlist").unwrap().stage.identity()["k"], 5);
-    let sql = pipeline.stage("clean").unwrap().stage.identity()["sql"].clone();
-    assert_eq!(sql, "select * from log\nwhere ds <= '2026-11-23'\n");
+    let query = pipeline.stage("clean").unwrap().stage.identity()["query"].clone();
+    assert_eq!(query, "select * from log\nwhere ds <= '2026-11-23'\n");
     assert_eq!(pipeline.params["k"], 5);
 }
 
@@ -90,7 +90,7 @@ fn set_replaces_keys_of_stages_sources_and_the_top() {
         ("lightgcn.hyper.layers", "2"),
         ("seed", "7"),
         ("log.max_bad_rows", "0.5"),
-        ("publish.ds", "2026"),
+        ("publish.partition.ds", "2026"),
         ("device", "cpu"),
         ("parts.seed", "11"),
     ];
@@ -99,9 +99,27 @@ fn set_replaces_keys_of_stages_sources_and_the_top() {
     assert_eq!((&hyper["layers"], &hyper["embedding_dim"]), (&2.into(), &64.into()));
     assert_eq!(pipeline.seed, 7);
     assert_eq!(pipeline.source("log").unwrap().max_bad_rows, 0.5);
-    assert_eq!(pipeline.stage("publish").unwrap().stage.identity()["ds"], "2026", "a string, since the key is one");
+    assert_eq!(
+        pipeline.stage("publish").unwrap().stage.identity()["partition"]["ds"],
+        "2026",
+        "a string, since the key is one"
+    );
     assert_eq!(pipeline.stage("parts").unwrap().seed, 11);
     assert_eq!(pipeline.stage("clean").unwrap().seed, stage_seed(7, "clean"));
+}
+
+/// Two stages may write one table where each writes its own partition.
+#[test]
+fn partitions_of_a_table_are_different_outputs() {
+    let text = std::fs::read_to_string("tests/golden/pipelines/right.toml").unwrap();
+    let again = |partition: &str| {
+        let more = "[stages.again]\nkind = 'write'\ninput = 'clean'\ntable = 'recommendations'\n";
+        let text = format!("{text}\n{more}{partition}");
+        let options = LoadOptions { kinds: FAKES, ..LoadOptions::default() };
+        load_text(text, Path::new("tests/golden/pipelines/x.toml"), &options)
+    };
+    assert!(again("partition = { ds = '2026-11-21' }\n").is_ok());
+    assert!(again("partition = { ds = '{{ ds }}' }\n").err().unwrap().message.contains("duplicate output"));
 }
 
 #[test]
@@ -199,7 +217,7 @@ fn carets_survive_windows_line_ends_and_a_byte_order_mark() {
     let text = format!("\u{feff}{}", text.replace('\n', "\r\n"));
     let options = LoadOptions { kinds: FAKES, ..LoadOptions::default() };
     let error = load_text(text, Path::new("tests/golden/pipelines/x.toml"), &options).err().unwrap();
-    assert!(error.message.contains("x.toml:33:1"), "{error}");
+    assert!(error.message.contains("x.toml:32:1"), "{error}");
     assert!(error.message.contains("| layer = 3\n"), "{error}");
 }
 

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use async_trait::async_trait;
-use schemars::{JsonSchema, Schema, schema_for};
+use schemars::{JsonSchema, schema_for};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tailfuse::error::{Error, Result};
-use tailfuse::stages::{InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageKind, StageResult, What};
+use tailfuse::stages::{InputSlot, OutputSlot, Stage, StageContext, StageKind, StageResult, What};
 
 /// The fake kinds.
 pub static FAKES: &[StageKind] = &[
@@ -16,7 +16,7 @@ pub static FAKES: &[StageKind] = &[
         name: "sql",
         version: 1,
         about: "Runs a query.",
-        sample: "inputs = { log = \"log\" }\nsql = \"select * from log\"",
+        sample: "inputs = { log = \"log\" }\nquery = \"select * from log\"",
         schema: || schema_for!(Sql),
         resolve: |json, _| resolve::<Sql>(json),
     },
@@ -99,7 +99,7 @@ struct Sql {
     /// Name in the query = reference.
     inputs: BTreeMap<String, String>,
     /// The query.
-    sql: Option<String>,
+    query: Option<String>,
     /// A file with the query.
     file: Option<String>,
 }
@@ -241,8 +241,9 @@ struct Write {
     input: String,
     /// Under which name.
     table: String,
-    /// Partition value.
-    ds: Option<String>,
+    /// Partition column = value.
+    #[serde(default)]
+    partition: BTreeMap<String, String>,
 }
 
 impl Fake for Write {
