@@ -47,7 +47,7 @@ async fn long_tail_by_hand() {
     let users: Vec<&str> = ["a"; 3].into_iter().chain(["b", "c", "d", "d"]).chain(["e"; 7]).collect();
     let table = stored(vec![("user_id", texts(&users))]).await;
     let sql = stage_sql("long_tail").unwrap();
-    let rows = query(&[("input", &table)], sql).await.unwrap();
+    let rows = query(&[("history", &table)], sql).await.unwrap();
     let ln = |n: f64| format!("{}", (n + 1.0).ln());
     assert_eq!(
         rows,
@@ -64,7 +64,7 @@ async fn long_tail_by_hand() {
         let counted = format!(
             "select count(*) filter (where bucket = 'tail'), count(*) filter (where bucket = 'torso'), count(*) filter (where bucket = 'head') from ({sql})"
         );
-        let rows = query(&[("input", &table)], &counted).await.unwrap();
+        let rows = query(&[("history", &table)], &counted).await.unwrap();
         assert_eq!(rows, [format!("{}|{}|{}", sizes[0], sizes[1], sizes[2])], "{n} users");
     }
 }
