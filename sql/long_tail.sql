@@ -2,11 +2,11 @@
 -- arXiv 2401.13870), and a bucket. The users in the order of (N(u), user_id) are cut into three
 -- runs, tail, torso and head; where three does not divide them, the first runs get one more.
 --
--- Inputs:  input: the interactions that count as known (user_id, ...)
+-- Inputs:  history: the interactions that count as known (user_id, ...)
 -- Columns: user_id, interactions (int64), long_tail_coefficient (float64), bucket (string)
 with counted as (
     select user_id, count(*) as interactions
-    from input
+    from history
     group by user_id
 ),
 placed as (

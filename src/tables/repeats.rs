@@ -63,7 +63,7 @@ fn query(table: &StoredTable, key: Key) -> String {
     let equal: String = compared
         .iter()
         .filter(|(used, _)| *used)
-        .map(|(_, c)| format!(" and {c} is not distinct from lag({c}) {window}"))
+        .map(|(_, c)| format!(" and ({c} is not distinct from (lag({c}) {window}))"))
         .collect();
     format!(
         "select {ROW_ID}, exact from (select {ROW_ID}, row_number() {window} as place, \

@@ -47,7 +47,7 @@ async fn long_tail_by_hand() {
     let users: Vec<&str> = ["a"; 3].into_iter().chain(["b", "c", "d", "d"]).chain(["e"; 7]).collect();
     let table = stored(vec![("user_id", texts(&users))]).await;
     let sql = stage_sql("long_tail").unwrap();
-    let rows = query(&[("input", &table)], sql).await.unwrap();
+    let rows = query(&[("history", &table)], sql).await.unwrap();
     let ln = |n: f64| format!("{}", (n + 1.0).ln());
     assert_eq!(
         rows,
@@ -64,7 +64,7 @@ async fn long_tail_by_hand() {
         let counted = format!(
             "select count(*) filter (where bucket = 'tail'), count(*) filter (where bucket = 'torso'), count(*) filter (where bucket = 'head') from ({sql})"
         );
-        let rows = query(&[("input", &table)], &counted).await.unwrap();
+        let rows = query(&[("history", &table)], &counted).await.unwrap();
         assert_eq!(rows, [format!("{}|{}|{}", sizes[0], sizes[1], sizes[2])], "{n} users");
     }
 }
@@ -152,7 +152,7 @@ async fn mistakes_in_sql_suggest_the_right_name() {
 
 #[tokio::test]
 async fn a_memory_limit_spills_or_says_what_to_raise() {
-    let n = 300_000i64;
+    let n = 1_500_000i64;
     let table = stored(vec![("a", ints(&(0..n).map(|i| i * 7919 % n).collect::<Vec<_>>()))]).await;
     let run = async |limit: usize| -> Result<u64> {
         let ctx = open_session(&SqlMemory { limit, spill_dir: None })?;
@@ -161,8 +161,8 @@ async fn a_memory_limit_spills_or_says_what_to_raise() {
         let sorted = frame.collect().await.map_err(from_datafusion)?;
         Ok(sorted.iter().map(|b| b.num_rows() as u64).sum())
     };
-    // 7 MB of rows in 4 MB: the sort spills.
-    assert_eq!(run(4 << 20).await.unwrap(), n as u64);
+    // 36 MB of rows in 24 MB: the sort spills.
+    assert_eq!(run(24 << 20).await.unwrap(), n as u64);
     let e = run(10 << 10).await.unwrap_err();
     assert_eq!(e.fault, Fault::Spec, "{e}");
     assert!(e.to_string().contains("memory_limit"), "{e}");
