@@ -36,7 +36,7 @@ pub fn render(metrics: &Table, comparison: &Table) -> Result<String> {
         }
         let users = if n == 1 { "user" } else { "users" };
         let title = match scope {
-            ALL_USERS => format!("All {n} {users} with a held-out item ({})", figures.protocol),
+            ALL_USERS => format!("All {n} {users} with a held-out item\n{}", figures.protocol),
             _ => format!("The {n} {users} of them that the LLM was asked for"),
         };
         let _ = writeln!(text, "{title}\n{}", figures.table(scope));
@@ -77,7 +77,7 @@ impl Figures {
             Ok(some_text(metrics.strings(column)?).into_iter().next().unwrap_or_default())
         };
         let protocol = format!(
-            "{} ranking; known: {}; weights fit on {}; ties: {}",
+            "({} ranking, known at test: {}, weights fitted on: {}, ties: {})",
             said(RANKING)?,
             said(HISTORY_AT_TEST)?,
             said(WEIGHTS_FIT_ON)?,

@@ -217,6 +217,7 @@ impl Stage for Fuse {
             llm_model,
         };
         let weights = options.weights;
+        let (rec_model, llm_model) = (options.rec_model.clone(), options.llm_model.clone());
         ctx.cancel.check()?;
         let fused = tokio::task::spawn_blocking(move || {
             let inputs = FuseInputs {
@@ -245,6 +246,8 @@ impl Stage for Fuse {
             .with_counter("candidates_without_title", n.candidates_without_title)
             .with_counter("llm_rows_outside", n.llm_rows_outside)
             .with_counter("a1", weights.a1)
-            .with_counter("a2", weights.a2))
+            .with_counter("a2", weights.a2)
+            .with_counter("rec_model", rec_model)
+            .with_counter("llm_model", llm_model))
     }
 }
