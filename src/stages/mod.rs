@@ -6,6 +6,7 @@
 //! line and one entry in [`registry::KINDS`].
 
 pub mod context;
+pub mod prompt;
 pub mod registry;
 pub mod split;
 

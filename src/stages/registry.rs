@@ -22,7 +22,7 @@ pub struct StageKind {
 }
 
 /// The stage kinds in the order of the docs.
-pub static KINDS: &[StageKind] = &[super::split::KIND];
+pub static KINDS: &[StageKind] = &[super::split::KIND, super::prompt::KIND];
 
 /// The kind of that name.
 pub fn find(name: &str) -> Option<&'static StageKind> {
