@@ -10,6 +10,7 @@ pub mod context;
 pub mod evaluate;
 pub mod fuse;
 pub mod recommend;
+pub mod prompt;
 pub mod registry;
 pub mod train;
 pub mod similar;

@@ -26,6 +26,7 @@ pub static KINDS: &[StageKind] = &[super::calibrate::KIND, super::fuse::KIND, su
 pub static KINDS: &[StageKind] = &[super::train::KIND, super::recommend::KIND];
 pub static KINDS: &[StageKind] = &[super::sql::KIND, super::similar::KIND, super::write::KIND];
 pub static KINDS: &[StageKind] = &[super::split::KIND];
+pub static KINDS: &[StageKind] = &[super::split::KIND, super::prompt::KIND];
 
 /// The kind of that name.
 pub fn find(name: &str) -> Option<&'static StageKind> {

@@ -76,13 +76,14 @@ fn global_time_holds_out_the_latest_interactions() {
         history_at_test: HistoryAtTest::TrainAndValid,
     };
     let split = split(&ordered, &rule).unwrap();
-    let of = |part: Part| {
-        (0..ordered.rows.len()).filter(move |&r| split.parts[r] == part).map(|r| times[ordered.rows[r] as usize])
+    let of = |part: Part| -> Vec<i64> {
+        let rows = (0..ordered.rows.len()).filter(|&r| split.parts[r] == part);
+        rows.map(|r| times[ordered.rows[r] as usize]).collect()
     };
     let (valid_from, test_from) = split.cuts.unwrap();
-    assert!(of(Part::Train).all(|t| t < valid_from));
-    assert!(of(Part::Valid).all(|t| (valid_from..test_from).contains(&t)));
-    assert!(of(Part::Test).all(|t| t >= test_from));
+    assert!(of(Part::Train).iter().all(|&t| t < valid_from));
+    assert!(of(Part::Valid).iter().all(|t| (valid_from..test_from).contains(t)));
+    assert!(of(Part::Test).iter().all(|&t| t >= test_from));
     let held = (split.count(Part::Valid) + split.count(Part::Test) + split.count(Part::SetAside)) as f64;
     assert!((held / 100_000.0 - 0.2).abs() < 0.001, "{held}");
     // In this data set most users appear on one day, so few of the late ones were known before.
