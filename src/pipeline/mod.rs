@@ -1,1 +1,23 @@
-//! (to be written)
+//! The pipeline file: its language, its graph, and what is made of it.
+//!
+//! In: a TOML file, `--param` and `--set` arguments. Out: a [`Pipeline`] whose stages stand in
+//! the order to run, or every mistake of the file with line and caret. The steps, a file each:
+//! `parse` (text -> tree with places), `params` (templates), `validate` with `schema_walk`
+//! (tree -> configs), `graph` (references -> order), `spec` (all of it: [`load`]).
+
+pub mod diagnostics;
+pub mod document;
+pub mod graph;
+pub mod json_schema;
+pub mod params;
+pub mod parse;
+pub mod reference_docs;
+pub mod schema_walk;
+pub mod spec;
+pub mod validate;
+
+pub use document::Origin;
+pub use graph::{BAD_ROWS, Node, ROWS, ResolvedInput, StageNode};
+pub use json_schema::json_schema;
+pub use reference_docs::pipeline_markdown;
+pub use spec::{HistoryAtTest, LoadOptions, Pipeline, load, load_text, load_with};

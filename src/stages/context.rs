@@ -255,9 +255,10 @@ pub trait Stage: Send + Sync {
     fn cacheable(&self) -> bool {
         true
     }
-    /// Schema of an output, where it is known before the stage runs.
-    fn output_schema(&self, _output: &str) -> Option<SchemaRef> {
-        None
+    /// Schemas of the output tables, given those of the input tables (slot -> schema), as far as they
+    /// are known before anything runs. `validate` calls it; a `sql` stage plans its query here.
+    async fn plan_schemas(&self, _inputs: &BTreeMap<String, SchemaRef>) -> Result<BTreeMap<String, SchemaRef>> {
+        Ok(BTreeMap::new())
     }
     /// The work.
     async fn run(&self, ctx: &StageContext) -> Result<StageResult>;

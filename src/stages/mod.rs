@@ -5,8 +5,17 @@
 //! In: [`StageContext`]. Out: [`StageResult`]. Adding a kind: one file here, one `pub mod`
 //! line and one entry in [`registry::KINDS`].
 
+pub mod calibrate;
 pub mod context;
+pub mod evaluate;
+pub mod fuse;
+pub mod recommend;
 pub mod registry;
+pub mod train;
+pub mod similar;
+pub mod sql;
+pub mod write;
+pub mod split;
 
 pub use context::{
     Artifact, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageInput,
