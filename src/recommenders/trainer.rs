@@ -323,6 +323,7 @@ mod tests {
     }
 
     /// Loss of eq. 2 and 3 with L2 in double precision, on dense matrices, independent of Burn.
+    #[allow(clippy::needless_range_loop)] // matrix indices, as in the formula
     fn reference(layers: usize, ego: &[f64], batch: &[Triple], l2: f64) -> f64 {
         let nodes = USERS + ITEMS;
         let train = histories();
@@ -347,7 +348,7 @@ mod tests {
                 }
             }
             layer = next;
-            sum.iter_mut().zip(&layer).for_each(|(s, x)| *s += x / 1.0);
+            sum.iter_mut().zip(&layer).for_each(|(s, x)| *s += x);
         }
         let all: Vec<f64> = sum.iter().map(|s| s / (layers + 1) as f64).collect();
         let row = |table: &[f64], n: usize| table[n * DIM..(n + 1) * DIM].to_vec();
@@ -373,12 +374,12 @@ mod tests {
         let (loss, gradient) = loss_and_gradient(model, &data, &ego, &batch, l2);
         let wide: Vec<f64> = ego.iter().map(|&x| f64::from(x)).collect();
         assert!((loss - reference(layers, &wide, &batch, l2)).abs() < 1e-5);
-        for n in 0..ego.len() {
+        for (n, got) in gradient.into_iter().enumerate() {
             let (mut up, mut down) = (wide.clone(), wide.clone());
             up[n] += 1e-5;
             down[n] -= 1e-5;
             let want = (reference(layers, &up, &batch, l2) - reference(layers, &down, &batch, l2)) / 2e-5;
-            assert!((f64::from(gradient[n]) - want).abs() < 1e-5, "element {n}: {} is not {want}", gradient[n]);
+            assert!((f64::from(got) - want).abs() < 1e-5, "element {n}: {got} is not {want}");
         }
     }
 

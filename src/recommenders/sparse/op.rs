@@ -212,12 +212,12 @@ mod tests {
             let y = values(matrix.matmul(tensor(x)));
             y.iter().enumerate().map(|(n, y)| f64::from(*y).tanh() * f64::from(weight(n))).sum::<f64>()
         };
-        for n in 0..x.len() {
+        for (n, &got) in got.iter().enumerate() {
             let (mut up, mut down) = (x.clone(), x.clone());
             up[n] += 1e-2;
             down[n] -= 1e-2;
             let want = (value(&up) - value(&down)) / f64::from(up[n] - down[n]);
-            assert!((f64::from(got[n]) - want).abs() < 1e-3, "element {n}: {} is not {want}", got[n]);
+            assert!((f64::from(got) - want).abs() < 1e-3, "element {n}: {got} is not {want}");
         }
         assert!(got.iter().any(|g| g.abs() > 0.1));
     }
