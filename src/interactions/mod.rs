@@ -8,8 +8,8 @@
 pub mod clean;
 pub mod histories;
 pub mod id_map;
-pub mod sampler;
 pub mod polars;
+pub mod sampler;
 pub mod split;
 pub mod user_rng;
 

@@ -12,6 +12,7 @@ pub mod cpu;
 pub mod decoder;
 pub mod engine;
 pub mod gguf;
+pub mod ledger;
 pub mod model;
 pub mod pack;
 pub mod quant;

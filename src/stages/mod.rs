@@ -9,14 +9,15 @@ pub mod calibrate;
 pub mod context;
 pub mod evaluate;
 pub mod fuse;
-pub mod recommend;
 pub mod prompt;
+pub mod recommend;
 pub mod registry;
-pub mod train;
+pub mod rerank;
 pub mod similar;
-pub mod sql;
-pub mod write;
 pub mod split;
+pub mod sql;
+pub mod train;
+pub mod write;
 
 pub use context::{
     Artifact, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageInput,

@@ -529,6 +529,15 @@ impl Reading<'_> {
     }
 }
 
+/// The schema that the table of a source has, from file headers and footers (and the first rows of
+/// CSV files) alone. Errors as in [`read_source`], as far as they show there.
+pub async fn source_schema(name: &str, config: &SourceConfig, store: &Store) -> Result<SchemaRef> {
+    let objects = source_objects(name, config, store).await?;
+    let files = SourceFile::open_all(config, store, objects).await?;
+    let columns = Unified::of(name, config, &files)?.with_guessed_types(config, store, &files).await?;
+    Ok(Plan::new(name, config, &files, &columns)?.schema)
+}
+
 /// Where a batch begins.
 struct Place<'a> {
     file: &'a SourceFile,

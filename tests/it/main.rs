@@ -28,13 +28,13 @@ mod similar;
 // Sources: types, partitions, bad rows, repeats.
 mod sources;
 // What the tests of tables share.
-mod table_support;
 /// The LLM engine against golden values.
 mod llm;
 /// Damaged, cut-off and foreign model files.
 mod llm_files;
 /// The JSON-lines protocol of `tailfuse llm`.
 mod llm_serve;
+mod table_support;
 
 /// Figures of the recommenders on MovieLens-100K (run by hand).
 mod recommenders_ml100k;
