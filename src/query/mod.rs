@@ -16,4 +16,4 @@ pub mod top_similar;
 pub use catalog::{Catalog, NamedTable};
 pub use output::{Format, write_rows};
 pub use read_only::plan_query;
-pub use session::{open_session, parse_bytes, register};
+pub use session::{open_session, parse_bytes, plan_against, register};

@@ -5,10 +5,15 @@
 
 use std::sync::Arc;
 
+use arrow::datatypes::SchemaRef;
+use datafusion::common::TableReference;
+use datafusion::dataframe::DataFrame;
+use datafusion::datasource::empty::EmptyTable;
 use datafusion::prelude::SessionContext;
 
 use crate::error::{Error, Result};
 use crate::query::cosine_similarity::cosine_similarity;
+use crate::query::read_only::plan_query;
 use crate::query::top_similar::{TOP_SIMILAR, TopSimilar};
 use crate::tables::sql_errors::from_datafusion;
 use crate::tables::{SqlMemory, StoredTable};
@@ -23,8 +28,18 @@ pub fn open_session(memory: &SqlMemory) -> Result<SessionContext> {
 
 /// Registers a stored table under `name` in the default schema; the name keeps its case.
 pub fn register(ctx: &SessionContext, name: &str, table: &StoredTable) -> Result<()> {
-    let reference = datafusion::common::TableReference::bare(name);
-    ctx.register_table(reference, table.provider()?).map(|_| ()).map_err(from_datafusion)
+    ctx.register_table(TableReference::bare(name), table.provider()?).map(|_| ()).map_err(from_datafusion)
+}
+
+/// Plans `sql` against tables that need not exist yet: name and schema. What comes back is not
+/// run; its schema, brought to plain types, is that of the result.
+pub async fn plan_against(tables: &[(&str, SchemaRef)], sql: &str) -> Result<DataFrame> {
+    let ctx = open_session(&SqlMemory::default())?;
+    for (name, schema) in tables {
+        let table = Arc::new(EmptyTable::new(schema.clone()));
+        ctx.register_table(TableReference::bare(*name), table).map_err(from_datafusion)?;
+    }
+    plan_query(&ctx, sql).await
 }
 
 /// Bytes from `512MB`, `2 GiB`, `1.5g` or a plain number. Powers of 1024, whatever the spelling.

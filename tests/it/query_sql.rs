@@ -8,7 +8,7 @@ use arrow::datatypes::{Float32Type, Float64Type};
 use serde_json::json;
 use tailfuse::error::{Fault, Result};
 use tailfuse::query::library::{EXAMPLES, stage_sql};
-use tailfuse::query::{Catalog, Format, NamedTable, open_session, plan_query, register, write_rows};
+use tailfuse::query::{Catalog, Format, NamedTable, open_session, plan_against, plan_query, register, write_rows};
 use tailfuse::stages::registry::find;
 use tailfuse::stages::{ResolveContext, Stage};
 use tailfuse::tables::sql_errors::{as_usage, from_datafusion};
@@ -148,6 +148,19 @@ async fn mistakes_in_sql_suggest_the_right_name() {
     assert_eq!(e.fault, Fault::Data, "{e}");
     let e = query(&[("log", &log)], "create table x as select 1").await.unwrap_err();
     assert!(e.fault == Fault::Usage && e.message.contains("CREATE TABLE"), "{e}");
+}
+
+/// What `validate` does: no table is there, its schema is.
+#[tokio::test]
+async fn sql_is_planned_against_schemas_alone() {
+    let log = log().await;
+    let tables = [("log", log.schema())];
+    let frame = plan_against(&tables, "select user_id, count(*) as n from log group by user_id").await.unwrap();
+    let columns: Vec<String> =
+        frame.schema().fields().iter().map(|f| format!("{}: {}", f.name(), f.data_type())).collect();
+    assert_eq!(columns, ["user_id: Utf8", "n: Int64"]);
+    let e = plan_against(&tables, "select rating from log").await.unwrap_err();
+    assert!(e.fault == Fault::Spec && e.message.contains("rating"), "{e}");
 }
 
 #[tokio::test]
