@@ -7,3 +7,5 @@ mod docs_tables;
 mod evaluation;
 // The fused table: every column, source and reason.
 mod fusion;
+// `calibrate`, `fuse` and `evaluate` over Parquet files; the long-tail query against the code.
+mod fusion_stages;
