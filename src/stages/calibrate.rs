@@ -12,6 +12,7 @@ use arrow::datatypes::{DataType, SchemaRef};
 use async_trait::async_trait;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use super::context::{Artifact, InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What};
 use super::fuse::check_c;
@@ -151,8 +152,10 @@ impl Stage for Calibrate {
         ]
     }
 
+    /// The references are no part of it; what they name is.
     fn identity(&self) -> serde_json::Value {
-        serde_json::to_value(&self.config).unwrap_or_default()
+        let c = &self.config;
+        json!({ "a1": c.a1, "a2": c.a2, "c": c.c, "rule": c.rule, "mode": c.mode })
     }
 
     async fn plan_schemas(&self, _: &BTreeMap<String, SchemaRef>) -> Result<BTreeMap<String, SchemaRef>> {

@@ -9,6 +9,7 @@ use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use super::context::{InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What};
 use super::registry::StageKind;
@@ -121,8 +122,12 @@ impl Stage for Evaluate {
         ]
     }
 
+    /// The references are no part of it; what they name is.
     fn identity(&self) -> serde_json::Value {
-        serde_json::json!({ "config": self.config, "history_at_test": self.history_at_test })
+        let c = &self.config;
+        json!({
+            "ks": c.ks, "system": c.system, "weights_fit_on": c.weights_fit_on, "history_at_test": self.history_at_test,
+        })
     }
 
     async fn plan_schemas(&self, _: &BTreeMap<String, SchemaRef>) -> Result<BTreeMap<String, SchemaRef>> {

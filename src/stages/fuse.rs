@@ -12,6 +12,7 @@ use arrow::datatypes::{DataType, SchemaRef};
 use async_trait::async_trait;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use super::context::{InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What};
 use super::registry::StageKind;
@@ -172,8 +173,13 @@ impl Stage for Fuse {
         ]
     }
 
+    /// The references are no part of it (what they name is), nor are weights that a calibration replaces.
     fn identity(&self) -> serde_json::Value {
-        serde_json::to_value(&self.config).unwrap_or_default()
+        let c = &self.config;
+        match c.calibration.is_some() {
+            true => json!({ "k": c.k }),
+            false => json!({ "k": c.k, "c": c.c, "a1": c.a1, "a2": c.a2 }),
+        }
     }
 
     fn models(&self) -> Vec<String> {

@@ -38,3 +38,5 @@ mod table_support;
 
 /// Figures of the recommenders on MovieLens-100K (run by hand).
 mod recommenders_ml100k;
+// `calibrate`, `fuse` and `evaluate` over Parquet files; the long-tail query against the code.
+mod fusion_stages;
