@@ -9,3 +9,5 @@ mod llm;
 mod llm_files;
 /// The JSON-lines protocol of `tailfuse llm`.
 mod llm_serve;
+/// Prompts counted by a real tokenizer: budget, common beginning, hostile titles.
+mod prompts;
