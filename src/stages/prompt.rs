@@ -103,10 +103,10 @@ pub struct PromptConfig {
     /// What the items are, in the plural, as the instruction calls them; default `items`.
     #[serde(default = "default_noun")]
     pub noun: String,
-    /// File of the system message's template, relative to the pipeline file; prompts/topk.system.jinja by default.
+    /// File of the system message's template, relative to the pipeline's `root`; prompts/topk.system.jinja by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system_template: Option<String>,
-    /// File of the user message's template, relative to the pipeline file; prompts/topk.user.jinja by default.
+    /// File of the user message's template, relative to the pipeline's `root`; prompts/topk.user.jinja by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_template: Option<String>,
     /// Tokens of a prompt at most, chat template included; the model's context less `answer_tokens` by default.

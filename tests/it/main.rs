@@ -40,3 +40,5 @@ mod table_support;
 mod recommenders_ml100k;
 // `calibrate`, `fuse` and `evaluate` over Parquet files; the long-tail query against the code.
 mod fusion_stages;
+/// Prompts counted by a real tokenizer: budget, common beginning, hostile titles.
+mod prompts;
