@@ -36,6 +36,8 @@ pub trait Engine: Send + Sync {
         labels: &[Vec<u32>],
         progress: Progress<'_>,
     ) -> Result<Vec<Vec<f32>>>;
+    /// See [`super::Llm::next_tokens`].
+    fn next_tokens(&self, prompts: &[Vec<u32>], progress: Progress<'_>) -> Result<Vec<u32>>;
     /// See [`super::Llm::continuation_logprobs`].
     fn continuation_logprobs(&self, requests: &[ScoreRequest], progress: Progress<'_>) -> Result<Vec<Vec<Vec<f32>>>>;
     /// See [`super::Llm::logits`].
@@ -71,16 +73,20 @@ impl<D: Decoder> Engine for D {
                 labels.len()
             )));
         }
-        let config = Decoder::config(self);
-        let mut jobs = Vec::with_capacity(prompts.len());
-        for (prompt, labels) in prompts.iter().zip(labels) {
-            check_tokens(config, "prompt", prompt, 0)?;
-            check_ids(config, "labels", labels)?;
-            jobs.push(Job { ids: prompt.clone(), read_from: prompt.len() - 1 });
+        let jobs = prompt_jobs(Decoder::config(self), prompts)?;
+        for labels in labels {
+            check_ids(Decoder::config(self), "labels", labels)?;
         }
         let mut out = vec![Vec::new(); prompts.len()];
         let mut read = |job: usize, _: usize, logits: &[f32]| out[job] = log_probabilities(logits, &labels[job]);
         run(self, &jobs, &mut read, &mut |jobs| progress(jobs.len()))?;
+        Ok(out)
+    }
+
+    fn next_tokens(&self, prompts: &[Vec<u32>], progress: Progress<'_>) -> Result<Vec<u32>> {
+        let jobs = prompt_jobs(Decoder::config(self), prompts)?;
+        let mut out = vec![0; prompts.len()];
+        run(self, &jobs, &mut |job, _, logits| out[job] = argmax(logits), &mut |jobs| progress(jobs.len()))?;
         Ok(out)
     }
 
@@ -144,6 +150,15 @@ impl<D: Decoder> Engine for D {
         }
         Ok(out)
     }
+}
+
+/// Prompts whose last position is read.
+fn prompt_jobs(config: &LlamaConfig, prompts: &[Vec<u32>]) -> Result<Vec<Job>> {
+    let job = |prompt: &Vec<u32>| {
+        check_tokens(config, "prompt", prompt, 0)?;
+        Ok(Job { ids: prompt.clone(), read_from: prompt.len() - 1 })
+    };
+    prompts.iter().map(job).collect()
 }
 
 /// Appends `ids` to the cache, as many at once as the decoder likes, and calls `each` with every
