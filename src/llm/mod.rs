@@ -30,7 +30,7 @@ pub use self::serve::serve;
 
 use self::cpu::CpuModel;
 use self::cpu::kernels::Isa;
-use self::engine::{Engine, Progress};
+use self::engine::Engine;
 use self::model::BurnModel;
 use self::weights::Weights;
 use crate::device::{Device, DeviceChoice, ModelBackend, OnBackend};
@@ -128,7 +128,7 @@ impl Llm {
         labels: &[Vec<u32>],
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<Vec<f32>>> {
-        self.engine.label_logprobs(prompts, labels, progress as Progress<'_>)
+        self.engine.label_logprobs(prompts, labels, progress)
     }
 
     /// The likeliest token after each prompt, `[n]`; the smallest id of equal ones.
@@ -136,7 +136,7 @@ impl Llm {
     /// # Errors
     /// As [`Llm::label_logprobs`].
     pub fn next_tokens(&self, prompts: &[Vec<u32>], progress: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<u32>> {
-        self.engine.next_tokens(prompts, progress as Progress<'_>)
+        self.engine.next_tokens(prompts, progress)
     }
 
     /// Log-probabilities of each token of continuations, given the prompt and the tokens before it:
@@ -151,7 +151,7 @@ impl Llm {
         requests: &[ScoreRequest],
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<Vec<Vec<f32>>>> {
-        self.engine.continuation_logprobs(requests, progress as Progress<'_>)
+        self.engine.continuation_logprobs(requests, progress)
     }
 
     /// Greedy continuation of a prompt: up to `max_new` ids, ending with the first of `stop` where one comes.
