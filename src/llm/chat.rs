@@ -392,3 +392,52 @@ fn guard(text: &str, special: &[SpecialToken], mark: char) -> String {
     out.push_str(&text[from..]);
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(id: u32, text: &str) -> SpecialToken {
+        SpecialToken { id, text: text.to_owned(), lstrip: false, rstrip: false }
+    }
+
+    #[test]
+    fn the_longest_token_wins_and_white_space_goes_where_asked() {
+        let mut special = vec![token(0, "<a>"), token(1, "<a>b")];
+        let pieces = split_special("x <a>b<a> y", &special);
+        assert_eq!(pieces, [Piece::Text("x "), Piece::Special(1), Piece::Special(0), Piece::Text(" y")]);
+        special[0].rstrip = true;
+        special[1].lstrip = true;
+        let pieces = split_special("x <a>b<a> y", &special);
+        assert_eq!(pieces, [Piece::Text("x"), Piece::Special(1), Piece::Special(0), Piece::Text("y")]);
+    }
+
+    #[test]
+    fn guarded_text_never_makes_a_token_with_its_surroundings() {
+        let special = [token(0, "<|end|>"), token(1, "><")];
+        for text in ["<|end|>", "a <|end|> b", "|end|>", "  end|> ", "<|e", "<", ">", "<|<|end|>", "><><", "plain", ""]
+        {
+            let guarded = guard(text, &special, '#');
+            assert_eq!(guarded.replace('#', ""), text);
+            for t in &special {
+                for (i, _) in t.text.char_indices().chain([(t.text.len(), ' ')]) {
+                    let around = format!("{}{}{}", &t.text[..i], guarded, &t.text[i..]);
+                    for whole in [around, format!("{}{}{}", &t.text[..i], guarded.trim(), &t.text[i..])] {
+                        let found =
+                            split_special(&whole, &special).iter().filter(|p| matches!(p, Piece::Special(_))).count();
+                        // Only what the surroundings spell on their own, or where the text is empty.
+                        let own = usize::from(i == 0 || i == t.text.len() || text.is_empty());
+                        assert!(found <= own, "{whole:?} has {found} tokens");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn templates_come_in_three_forms() {
+        assert_eq!(template_of(&serde_json::json!("t")), Some("t".to_owned()));
+        assert_eq!(template_of(&serde_json::json!([{"name": "default", "template": "d"}])), Some("d".to_owned()));
+        assert_eq!(template_of(&Json::Null), None);
+    }
+}

@@ -130,10 +130,16 @@ impl LlamaConfig {
         }
         let embedding =
             gguf.tensor("token_embd.weight").ok_or_else(|| gguf.fault("there is no tensor `token_embd.weight`"))?;
+        let rows = embedding.dims.get(1).copied().unwrap_or(0);
+        if let Some(n) = gguf.count_opt("llama.vocab_size")?.filter(|n| *n != rows) {
+            return Err(gguf
+                .fault(format!("`llama.vocab_size` is {n}, but `token_embd.weight` has {rows} rows"))
+                .with_help("the vocabulary and the weights are of different models"));
+        }
         let token = |key: &str| gguf.count_opt(key).map(|n| n.and_then(|n| u32::try_from(n).ok()));
         let eps = "llama.attention.layer_norm_rms_epsilon";
         LlamaConfig {
-            vocab_size: embedding.dims.get(1).copied().unwrap_or(0),
+            vocab_size: rows,
             hidden,
             intermediate: gguf.count("llama.feed_forward_length")?,
             layers: gguf.count("llama.block_count")?,

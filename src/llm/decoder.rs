@@ -18,9 +18,6 @@ pub trait Decoder: Send + Sync {
     /// A cache without tokens.
     fn empty(&self) -> Self::Cache;
 
-    /// Tokens in a cache.
-    fn cached(&self, cache: &Self::Cache) -> usize;
-
     /// Forgets the tokens from `len` on.
     fn truncate(&self, cache: &mut Self::Cache, len: usize);
 

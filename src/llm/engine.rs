@@ -36,6 +36,8 @@ pub trait Engine: Send + Sync {
         labels: &[Vec<u32>],
         progress: Progress<'_>,
     ) -> Result<Vec<Vec<f32>>>;
+    /// See [`super::Llm::next_tokens`].
+    fn next_tokens(&self, prompts: &[Vec<u32>], progress: Progress<'_>) -> Result<Vec<u32>>;
     /// See [`super::Llm::continuation_logprobs`].
     fn continuation_logprobs(&self, requests: &[ScoreRequest], progress: Progress<'_>) -> Result<Vec<Vec<Vec<f32>>>>;
     /// See [`super::Llm::logits`].
@@ -71,16 +73,20 @@ impl<D: Decoder> Engine for D {
                 labels.len()
             )));
         }
-        let config = Decoder::config(self);
-        let mut jobs = Vec::with_capacity(prompts.len());
-        for (prompt, labels) in prompts.iter().zip(labels) {
-            check_tokens(config, "prompt", prompt, 0)?;
-            check_ids(config, "labels", labels)?;
-            jobs.push(Job { ids: prompt.clone(), read_from: prompt.len() - 1 });
+        let jobs = prompt_jobs(Decoder::config(self), prompts)?;
+        for labels in labels {
+            check_ids(Decoder::config(self), "labels", labels)?;
         }
         let mut out = vec![Vec::new(); prompts.len()];
         let mut read = |job: usize, _: usize, logits: &[f32]| out[job] = log_probabilities(logits, &labels[job]);
         run(self, &jobs, &mut read, &mut |jobs| progress(jobs.len()))?;
+        Ok(out)
+    }
+
+    fn next_tokens(&self, prompts: &[Vec<u32>], progress: Progress<'_>) -> Result<Vec<u32>> {
+        let jobs = prompt_jobs(Decoder::config(self), prompts)?;
+        let mut out = vec![0; prompts.len()];
+        run(self, &jobs, &mut |job, _, logits| out[job] = argmax(logits), &mut |jobs| progress(jobs.len()))?;
         Ok(out)
     }
 
@@ -144,6 +150,15 @@ impl<D: Decoder> Engine for D {
         }
         Ok(out)
     }
+}
+
+/// Prompts whose last position is read.
+fn prompt_jobs(config: &LlamaConfig, prompts: &[Vec<u32>]) -> Result<Vec<Job>> {
+    let job = |prompt: &Vec<u32>| {
+        check_tokens(config, "prompt", prompt, 0)?;
+        Ok(Job { ids: prompt.clone(), read_from: prompt.len() - 1 })
+    };
+    prompts.iter().map(job).collect()
 }
 
 /// Appends `ids` to the cache, as many at once as the decoder likes, and calls `each` with every
@@ -254,5 +269,96 @@ fn check_ids(config: &LlamaConfig, what: &str, ids: &[u32]) -> Result<()> {
             config.vocab_size - 1
         ))),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::llm::cpu::kernels::Isa;
+    use crate::llm::cpu::{Cache, CpuModel};
+    use crate::llm::weights::Weights;
+
+    /// The tiny model with batches of a few tokens.
+    struct Small {
+        model: CpuModel,
+        batch: usize,
+    }
+
+    impl Decoder for Small {
+        type Cache = Cache;
+
+        fn config(&self) -> &LlamaConfig {
+            Decoder::config(&self.model)
+        }
+        fn batch_tokens(&self) -> usize {
+            self.batch
+        }
+        fn empty(&self) -> Cache {
+            self.model.empty()
+        }
+        fn truncate(&self, cache: &mut Cache, len: usize) {
+            self.model.truncate(cache, len);
+        }
+        fn forward(
+            &self,
+            cache: &mut Cache,
+            pack: &Pack,
+            keep: bool,
+            each: &mut dyn FnMut(usize, &[f32]),
+        ) -> Result<()> {
+            self.model.forward(cache, pack, keep, each)
+        }
+    }
+
+    fn tiny(batch: usize) -> Small {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llm/tiny");
+        let model = CpuModel::load(&Weights::open(&path).unwrap(), Isa::detect()).unwrap();
+        Small { model, batch }
+    }
+
+    /// Every way to cut the work (prefix in the cache, batches, a sequence longer than a batch) gives the same bits.
+    #[test]
+    fn the_size_of_a_batch_does_not_change_results() {
+        let common: Vec<u32> = (0..40).map(|i| (i * 11 + 5) % 64).collect();
+        let request = |i: u32| {
+            let mut prompt = common[..40 - (i as usize % 3)].to_vec();
+            prompt.extend((0..i * 7 % 30).map(|t| (t * i + 1) % 64));
+            ScoreRequest { prompt, continuations: vec![vec![i, 2, 3, 4], vec![i], vec![9; 20]] }
+        };
+        let requests: Vec<ScoreRequest> = (0..9).map(request).collect();
+        let prompts: Vec<Vec<u32>> = requests.iter().map(|r| r.prompt.clone()).collect();
+        let labels = vec![vec![7, 8]; prompts.len()];
+        let all = |engine: &Small| {
+            let scores = engine.continuation_logprobs(&requests, &mut |_| Ok(())).unwrap();
+            let mut finished = 0;
+            let mut progress = |n: usize| {
+                finished += n;
+                Ok(())
+            };
+            let labels = engine.label_logprobs(&prompts, &labels, &mut progress).unwrap();
+            assert_eq!(finished, prompts.len());
+            (
+                scores,
+                labels,
+                engine.generate(&prompts[1], 9, &[]).unwrap(),
+                engine.next_tokens(&prompts, &mut |_| Ok(())).unwrap(),
+            )
+        };
+        let want = all(&tiny(4096));
+        for batch in [1, 7, 50, 100] {
+            assert_eq!(all(&tiny(batch)), want, "batches of {batch}");
+        }
+    }
+
+    #[test]
+    fn no_prompts_are_no_work() {
+        let engine = tiny(100);
+        assert!(engine.label_logprobs(&[], &[], &mut |_| Ok(())).unwrap().is_empty());
+        let request = ScoreRequest { prompt: vec![1], continuations: vec![] };
+        assert_eq!(engine.continuation_logprobs(&[request], &mut |_| Ok(())).unwrap(), [Vec::<Vec<f32>>::new()]);
+        assert!(engine.generate(&[1], 0, &[]).unwrap().is_empty());
     }
 }

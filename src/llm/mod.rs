@@ -31,16 +31,28 @@ pub use self::serve::serve;
 
 use self::cpu::CpuModel;
 use self::cpu::kernels::Isa;
-use self::engine::{Engine, Progress};
+use self::engine::Engine;
 use self::model::BurnModel;
 use self::weights::Weights;
-use crate::device::DeviceChoice;
+use crate::device::{Device, DeviceChoice, ModelBackend, OnBackend};
 use crate::error::{Error, Result};
 
 /// A model with its weights on a device.
 pub struct Llm {
     chat: ChatTokenizer,
     engine: Box<dyn Engine>,
+    device: String,
+}
+
+/// Loads weights onto a back end that was chosen at run time.
+struct LoadOn<'a>(&'a Weights);
+
+impl OnBackend for LoadOn<'_> {
+    type Output = Result<Box<dyn Engine>>;
+
+    fn on<B: ModelBackend>(self, device: &B::Device) -> Self::Output {
+        Ok(Box::new(BurnModel::<B>::load(self.0, device)?))
+    }
 }
 
 impl Llm {
@@ -53,16 +65,16 @@ impl Llm {
     /// Exit 65 where a file is missing, damaged or of an unsupported kind, or the parts do not fit
     /// each other; 75 or 78 where the device is not to be had.
     pub fn open(path: &Path, device: DeviceChoice) -> Result<Self> {
+        let opened = device.open()?;
         let chat = ChatTokenizer::open_weights_only(path)?;
         let weights = Weights::open(path)?;
-        let engine: Box<dyn Engine> = match device {
-            DeviceChoice::Auto | DeviceChoice::Cpu => Box::new(CpuModel::load(&weights, Isa::detect())?),
-            DeviceChoice::Cuda => {
-                return Err(Error::spec("this build has no CUDA back end")
-                    .with_help("build with `--features cuda`, or set `device = \"cpu\"`"));
-            }
+        let engine: Box<dyn Engine> = if matches!(opened.device, Device::Cpu) {
+            // Our own arrangement of the same arithmetic; see `cpu/mod.rs`.
+            Box::new(CpuModel::load(&weights, Isa::detect())?)
+        } else {
+            opened.device.run(LoadOn(&weights))?
         };
-        Ok(Llm { chat, engine })
+        Ok(Llm { chat, engine, device: opened.why })
     }
 
     /// Loads a model on any Burn back end.
@@ -72,7 +84,7 @@ impl Llm {
     pub fn open_on<B: burn::tensor::backend::Backend>(path: &Path, device: &B::Device) -> Result<Self> {
         let chat = ChatTokenizer::open_weights_only(path)?;
         let engine = Box::new(BurnModel::<B>::load(&Weights::open(path)?, device)?);
-        Ok(Llm { chat, engine })
+        Ok(Llm { chat, engine, device: format!("device: {device:?}") })
     }
 
     /// Loads a model on the CPU with the kernels of a given instruction set.
@@ -85,12 +97,17 @@ impl Llm {
         }
         let chat = ChatTokenizer::open_weights_only(path)?;
         let engine = Box::new(CpuModel::load(&Weights::open(path)?, isa)?);
-        Ok(Llm { chat, engine })
+        Ok(Llm { chat, engine, device: format!("device: cpu ({isa:?})") })
     }
 
     /// Tokenizer and chat template.
     pub fn chat(&self) -> &ChatTokenizer {
         &self.chat
+    }
+
+    /// One line for the log: the device and why it was chosen.
+    pub fn device(&self) -> &str {
+        &self.device
     }
 
     /// The shape of the model.
@@ -112,7 +129,15 @@ impl Llm {
         labels: &[Vec<u32>],
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<Vec<f32>>> {
-        self.engine.label_logprobs(prompts, labels, progress as Progress<'_>)
+        self.engine.label_logprobs(prompts, labels, progress)
+    }
+
+    /// The likeliest token after each prompt, `[n]`; the smallest id of equal ones.
+    ///
+    /// # Errors
+    /// As [`Llm::label_logprobs`].
+    pub fn next_tokens(&self, prompts: &[Vec<u32>], progress: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<u32>> {
+        self.engine.next_tokens(prompts, progress)
     }
 
     /// Log-probabilities of each token of continuations, given the prompt and the tokens before it:
@@ -127,7 +152,7 @@ impl Llm {
         requests: &[ScoreRequest],
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<Vec<Vec<f32>>>> {
-        self.engine.continuation_logprobs(requests, progress as Progress<'_>)
+        self.engine.continuation_logprobs(requests, progress)
     }
 
     /// Greedy continuation of a prompt: up to `max_new` ids, ending with the first of `stop` where one comes.

@@ -234,10 +234,6 @@ impl<B: Backend> Decoder for BurnModel<B> {
         Cache { len: 0, layers: (0..self.config.layers).map(|_| None).collect() }
     }
 
-    fn cached(&self, cache: &Cache<B>) -> usize {
-        cache.len
-    }
-
     fn truncate(&self, cache: &mut Cache<B>, len: usize) {
         if len >= cache.len {
             return;

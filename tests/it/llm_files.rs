@@ -332,6 +332,7 @@ fn models_of_another_kind_are_refused_by_name() {
         ("general.architecture", Meta::Text("gpt2"), "architecture `gpt2`"),
         ("tokenizer.ggml.model", Meta::Text("llama"), "tokenizer `llama`"),
         ("tokenizer.ggml.pre", Meta::Text("viking"), "pre-tokenizer `viking`"),
+        ("llama.vocab_size", Meta::U32(60), "60, but `token_embd.weight` has 64 rows"),
         ("llama.rope.scaling.type", Meta::Text("yarn"), "yarn"),
         ("llama.rope.dimension_count", Meta::U32(4), "llama.rope.dimension_count"),
         ("llama.attention.head_count_kv", Meta::U32(3), "cannot share"),

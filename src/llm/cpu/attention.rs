@@ -8,7 +8,8 @@
 
 use rayon::prelude::*;
 
-use super::kernels::{self, Isa, LANES, Product};
+use super::kernels::{self, Isa, LANES};
+use super::product::{Product, product};
 use crate::llm::config::LlamaConfig;
 use crate::llm::pack::{Pack, Run};
 
@@ -155,7 +156,7 @@ fn attend_task(
             };
             // SAFETY: the query rows were checked above; `keys` holds `padded / 16` panels of `dim`
             // rows and `scores` `rows` rows of `padded`, and `visible <= seen <= padded`.
-            unsafe { kernels::product(isa, score_product) };
+            unsafe { product(isa, score_product) };
             let out = &mut scratch.out[from * dim_panels * LANES..(from + rows) * dim_panels * LANES];
             let mut sums = [0f32; 16];
             for (r, row) in scores.chunks_exact_mut(padded).enumerate() {
@@ -177,7 +178,7 @@ fn attend_task(
             };
             // SAFETY: `scores` holds `rows` rows of `padded >= visible`, `values` holds
             // `dim_panels` panels of `seen >= visible` rows, and `out` `rows` whole rows.
-            unsafe { kernels::product(isa, value_product) };
+            unsafe { product(isa, value_product) };
             for (r, row) in out.chunks_exact(dim_panels * LANES).enumerate() {
                 let at = (first_row + from + r) * c.q_width() + head * dim;
                 // SAFETY: `attend` checked that the result has a row for every token, and no other

@@ -7,11 +7,13 @@
 
 pub mod attention;
 pub mod kernels;
+pub mod product;
 
 use rayon::prelude::*;
 
 use self::attention::Past;
-use self::kernels::{Isa, LANES, Packed};
+use self::kernels::{Isa, LANES};
+use self::product::Packed;
 use super::config::LlamaConfig;
 use super::decoder::Decoder;
 use super::pack::Pack;
@@ -238,10 +240,6 @@ impl Decoder for CpuModel {
 
     fn empty(&self) -> Cache {
         Cache { len: 0, layers: vec![(Vec::new(), Vec::new()); self.config.layers] }
-    }
-
-    fn cached(&self, cache: &Cache) -> usize {
-        cache.len
     }
 
     fn truncate(&self, cache: &mut Cache, len: usize) {
