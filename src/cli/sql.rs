@@ -56,7 +56,7 @@ pub enum OutputFormat {
     Table,
     /// With a header line.
     Csv,
-    /// One object per line.
+    /// One array of objects.
     Json,
     /// Needs --output.
     Parquet,

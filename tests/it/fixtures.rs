@@ -123,7 +123,7 @@ impl World {
     /// Rows of an SQL question, as JSON.
     pub fn sql(&self, query: &str) -> Vec<serde_json::Value> {
         let (out, _) = self.expect(0, &["sql", "-p", "pipeline.toml", "--format", "json", query]);
-        out.lines().filter(|l| !l.is_empty()).map(|l| serde_json::from_str(l).unwrap()).collect()
+        serde_json::from_str(&out).unwrap()
     }
 }
 
