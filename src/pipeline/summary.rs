@@ -94,6 +94,7 @@ pub async fn published(pipeline: &Pipeline, report: &RunReport) -> Result<Vec<Va
 /// Day of the run: the parameter `ds`, else today (UTC).
 pub fn day(pipeline: &Pipeline) -> String {
     match pipeline.params.get("ds") {
+        Some(Value::String(ds)) => ds.clone(),
         Some(ds) => ds.to_string(),
         None => chrono::Utc::now().format("%Y-%m-%d").to_string(),
     }
@@ -134,7 +135,8 @@ async fn run_row(pipeline: &Pipeline, report: &RunReport, published: &[Value]) -
     let reranks: Vec<&NodeReport> = of_kind(report, "rerank").collect();
     let sum = |key: &str, paid_now: bool| {
         let of = |n: &&NodeReport| n.record.counters.get(key).and_then(Value::as_f64).unwrap_or(0.0);
-        let total: f64 = reranks.iter().filter(|n| !(paid_now && n.cached)).map(of).sum();
+        // A sum over nothing is -0.0.
+        let total = reranks.iter().filter(|n| !(paid_now && n.cached)).map(of).sum::<f64>() + 0.0;
         (!reranks.is_empty()).then_some(total)
     };
     let serving = of_kind(report, "fuse").last();

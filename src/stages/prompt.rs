@@ -4,12 +4,13 @@
 //! permutation, and `skipped`, one row per user without a prompt, with the reason. The text is made in
 //! [`crate::prompts`]; here tables become titles and prompts become tables.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, Int32Array, ListArray, StringArray};
 use arrow::buffer::OffsetBuffer;
-use arrow::datatypes::Field;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use async_trait::async_trait;
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -220,6 +221,32 @@ impl Stage for PromptStage {
 
     fn models(&self) -> Vec<String> {
         vec![self.config.model.clone()]
+    }
+
+    async fn plan_schemas(&self, inputs: &BTreeMap<String, SchemaRef>) -> Result<BTreeMap<String, SchemaRef>> {
+        let id = |name: &str| inputs.get("shortlist").and_then(|s| s.field_with_name(name).ok());
+        let (Some(user), Some(item)) = (id(USER_ID), id(ITEM_ID)) else { return Ok(BTreeMap::new()) };
+        let (user, item) = (user.data_type().clone(), item.data_type().clone());
+        let list = |kind: DataType| DataType::List(Arc::new(Field::new_list_field(kind, false)));
+        let prompts = [
+            (USER_ID, user.clone()),
+            (PERMUTATION, DataType::Int32),
+            (SYSTEM, DataType::Utf8),
+            (PROMPT, DataType::Utf8),
+            (CANDIDATES, list(item)),
+            (CANDIDATE_TITLES, list(DataType::Utf8)),
+            (PROMPT_TOKENS, DataType::Int32),
+            (HISTORY_SHOWN, DataType::Int32),
+            (TITLES_TRIMMED, DataType::Int32),
+            (PROMPT_DIGEST, DataType::Utf8),
+        ];
+        let schema = |columns: &[(&str, DataType)]| -> SchemaRef {
+            Arc::new(Schema::new(columns.iter().map(|(n, t)| Field::new(*n, t.clone(), false)).collect::<Vec<_>>()))
+        };
+        Ok(BTreeMap::from([
+            ("prompts".to_owned(), schema(&prompts)),
+            ("skipped".to_owned(), schema(&[(USER_ID, user), (REASON, DataType::Utf8)])),
+        ]))
     }
 
     async fn run(&self, ctx: &StageContext) -> Result<StageResult> {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use arrow::array::{
     Array, ArrayRef, AsArray, Float32Array, Int32Array, RecordBatch, StringArray, TimestampMicrosecondArray,
 };
-use arrow::datatypes::DataType;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 use async_trait::async_trait;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -151,6 +151,31 @@ impl Stage for Rerank {
 
     fn models(&self) -> Vec<String> {
         vec![self.config.model.clone()]
+    }
+
+    async fn plan_schemas(&self, inputs: &BTreeMap<String, SchemaRef>) -> Result<BTreeMap<String, SchemaRef>> {
+        let Some(prompts) = inputs.get("prompts") else { return Ok(BTreeMap::new()) };
+        let user = prompts.field_with_name(USER_ID).ok().map(|f| f.data_type().clone());
+        let item = prompts.field_with_name(CANDIDATES).ok().and_then(|f| match f.data_type() {
+            DataType::List(item) => Some(item.data_type().clone()),
+            _ => None,
+        });
+        let (Some(user), Some(item)) = (user, item) else { return Ok(BTreeMap::new()) };
+        let schema = |columns: &[(&str, DataType)]| -> SchemaRef {
+            Arc::new(Schema::new(columns.iter().map(|(n, t)| Field::new(*n, t.clone(), false)).collect::<Vec<_>>()))
+        };
+        let instant = DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()));
+        let reranked = [
+            (USER_ID, user.clone()),
+            (ITEM_ID, item),
+            (LLM_RANK, DataType::Int32),
+            (LLM_SCORE, DataType::Float32),
+            (PROMPT_DIGEST, DataType::Utf8),
+            (LLM_ASKED_AT, instant),
+            (SOURCE, DataType::Utf8),
+        ];
+        let not_asked = [(USER_ID, user), (SOURCE, DataType::Utf8), (REASON, DataType::Utf8)];
+        Ok(BTreeMap::from([("reranked".to_owned(), schema(&reranked)), ("not_asked".to_owned(), schema(&not_asked))]))
     }
 
     async fn run(&self, ctx: &StageContext) -> Result<StageResult> {

@@ -4,6 +4,10 @@
 //! In: `embeddings`, a table with an id and `embedding`. Out: `neighbours`. The work is the table
 //! function `top_similar`, run by DataFusion as an analyst would run it.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use async_trait::async_trait;
 use schemars::{JsonSchema, schema_for};
 use serde::{Deserialize, Serialize};
@@ -44,7 +48,7 @@ pub(super) const KIND: StageKind = StageKind {
     name: "similar",
     version: 1,
     about: "Finds the most similar users by the cosine of their embeddings.",
-    sample: "embeddings = \"lightgcn.users\"\nn = 1\n",
+    sample: "embeddings = \"lightgcn.user_embeddings\"\nn = 1\n",
     schema: || schema_for!(SimilarConfig),
     resolve,
 };
@@ -83,12 +87,28 @@ impl Stage for SimilarStage {
         json!({ "n": self.config.n, "min_similarity": self.config.min_similarity })
     }
 
+    async fn plan_schemas(&self, inputs: &BTreeMap<String, SchemaRef>) -> Result<BTreeMap<String, SchemaRef>> {
+        let Some((id, kind)) = inputs.get(SLOT).and_then(|s| {
+            let field = [USER_ID, ITEM_ID].into_iter().find_map(|c| s.field_with_name(c).ok())?;
+            Some((field.name().clone(), field.data_type().clone()))
+        }) else {
+            return Ok(BTreeMap::new());
+        };
+        let schema = Schema::new(vec![
+            Field::new(id, kind.clone(), true),
+            Field::new(NEIGHBOUR_ID, kind, true),
+            Field::new(RANK, DataType::Int32, true),
+            Field::new(SIMILARITY, DataType::Float64, true),
+        ]);
+        Ok(BTreeMap::from([(NEIGHBOURS.name.to_owned(), Arc::new(schema) as SchemaRef)]))
+    }
+
     async fn run(&self, ctx: &StageContext) -> Result<StageResult> {
         ctx.cancel.check()?;
         let table = ctx.table(SLOT)?;
         let id = [USER_ID, ITEM_ID].into_iter().find(|c| table.schema().index_of(c).is_ok()).ok_or_else(|| {
             Error::data(format!("{} has neither `{USER_ID}` nor `{ITEM_ID}`", table.display()))
-                .with_help("name a table of embeddings, such as the `users` output of a `train` stage")
+                .with_help("name a table of embeddings, such as the `user_embeddings` output of a `train` stage")
         })?;
         let memory = SqlMemory { limit: ctx.memory_limit, spill_dir: ctx.spill_dir.clone() };
         let session = open_session(&memory)?;

@@ -5,10 +5,11 @@
 //! position), `users`, `items`. The rules are in [`crate::interactions::clean`] and
 //! [`crate::interactions::split`]; here are the config and the tables.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, BooleanArray, Int32Array, Int64Array, RecordBatch, UInt32Array};
-use arrow::datatypes::{Field, Schema};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use async_trait::async_trait;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -184,6 +185,25 @@ impl Stage for SplitStage {
         })
     }
 
+    async fn plan_schemas(&self, inputs: &BTreeMap<String, SchemaRef>) -> Result<BTreeMap<String, SchemaRef>> {
+        let Some(input) = inputs.get("input") else { return Ok(BTreeMap::new()) };
+        let id = |name: &str| input.field_with_name(name).map(|f| f.data_type().clone());
+        let (Ok(user), Ok(item)) = (id(USER_ID), id(ITEM_ID)) else { return Ok(BTreeMap::new()) };
+        let mut fields: Vec<Field> =
+            input.fields().iter().filter(|f| f.name() != POSITION).map(|f| f.as_ref().clone()).collect();
+        fields.push(Field::new(POSITION, DataType::Int32, false));
+        let part: SchemaRef = Arc::new(Schema::new(fields));
+        let count = Field::new(INTERACTIONS, DataType::Int64, false);
+        let users =
+            vec![Field::new(USER_ID, user, false), count.clone(), Field::new(EVALUATED, DataType::Boolean, false)];
+        let items = vec![Field::new(ITEM_ID, item, false), count];
+        let mut schemas: BTreeMap<String, SchemaRef> =
+            ["train", "valid", "test", "history"].map(|name| (name.to_owned(), part.clone())).into();
+        schemas.insert("users".to_owned(), Arc::new(Schema::new(users)));
+        schemas.insert("items".to_owned(), Arc::new(Schema::new(items)));
+        Ok(schemas)
+    }
+
     async fn run(&self, ctx: &StageContext) -> Result<StageResult> {
         let table = ctx.collect("input").await?;
         let (rule, seed) = (self.rule, ctx.seed);
@@ -244,7 +264,7 @@ fn part_table(input: &RecordBatch, ordered: &Ordered, split: &Split, keep: &dyn 
         fields.push(field);
         columns.push(column);
     }
-    fields.push(Field::new(POSITION, arrow::datatypes::DataType::Int32, false));
+    fields.push(Field::new(POSITION, DataType::Int32, false));
     columns.push(Arc::new(positions));
     Ok(Table::from_batch(RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)?))
 }

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 
+use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 use datafusion::dataframe::DataFrame;
 use datafusion::logical_expr::{LogicalPlan, SortExpr};
@@ -19,8 +20,10 @@ use super::registry::StageKind;
 use crate::columns::{ITEM_ID, ROW_ID, USER_ID};
 use crate::error::{Error, Result};
 use crate::query::library::{BUILTIN, stage_sql};
+use crate::query::session::plan_against;
 use crate::query::{open_session, parse_bytes, plan_query, read_only, register};
 use crate::tables::SqlMemory;
+use crate::tables::parquet::plain_schema;
 use crate::tables::sql_errors::from_datafusion;
 
 /// Config of an `sql` stage.
@@ -130,6 +133,16 @@ impl Stage for SqlStage {
     /// The memory limit is no part of it: it changes how the result is made, not what it is.
     fn identity(&self) -> Value {
         json!({ "sql": self.sql, "inputs": self.inputs.keys().collect::<Vec<_>>() })
+    }
+
+    async fn plan_schemas(&self, inputs: &BTreeMap<String, SchemaRef>) -> Result<BTreeMap<String, SchemaRef>> {
+        let tables: Option<Vec<(&str, SchemaRef)>> =
+            self.inputs.iter().map(|(name, (slot, _))| Some((name.as_str(), inputs.get(slot)?.clone()))).collect();
+        let Some(tables) = tables else { return Ok(BTreeMap::new()) };
+        let is_log = tables.iter().any(|(_, schema)| schema.index_of(ROW_ID).is_ok());
+        let frame = plan_against(&tables, &self.sql).await.map_err(|e| as_spec(e).at(&self.place))?;
+        check_columns(&frame, is_log).map_err(|e| e.at(&self.place))?;
+        Ok(BTreeMap::from([(RESULT.name.to_owned(), plain_schema(frame.schema().as_arrow()))]))
     }
 
     async fn run(&self, ctx: &StageContext) -> Result<StageResult> {

@@ -35,8 +35,22 @@ fn the_fused_table_keeps_its_contract() {
     assert_eq!(rows.len(), USERS * 5);
     let columns: Vec<&str> = rows[0].as_object().unwrap().keys().map(String::as_str).collect();
     for column in [
-        "user_id", "item_id", "title", "rank", "score", "rec_rank", "rec_score", "alpha",
-        "long_tail_coefficient", "interactions", "bucket", "source", "run_id", "rec_model", "llm_model", "ds",
+        "user_id",
+        "item_id",
+        "title",
+        "rank",
+        "score",
+        "rec_rank",
+        "rec_score",
+        "alpha",
+        "long_tail_coefficient",
+        "interactions",
+        "bucket",
+        "source",
+        "run_id",
+        "rec_model",
+        "llm_model",
+        "ds",
     ] {
         assert!(columns.contains(&column), "{column} is missing in {columns:?}");
     }
@@ -65,7 +79,8 @@ fn the_fused_table_keeps_its_contract() {
     let left = world.sql("select min(interactions) m from recommendations where source = 'recommender'");
     assert!(asked[0]["m"].as_i64() <= left[0]["m"].as_i64());
     // An item without a title is ranked by the recommender and never shown.
-    let shown = world.sql("select count(*) n from \"fused\".\"shortlist\" where item_id = 'm07' and llm_rank is not null");
+    let shown =
+        world.sql("select count(*) n from \"fused\".\"shortlist\" where item_id = 'm07' and llm_rank is not null");
     assert_eq!(shown[0]["n"], 0);
 }
 
@@ -126,7 +141,11 @@ fn the_same_seed_gives_the_same_bytes() {
         for entry in std::fs::read_dir(&a).unwrap() {
             let file = entry.unwrap().file_name();
             if a.join(&file).is_file() && file != "stage.json" {
-                assert_eq!(std::fs::read(a.join(&file)).unwrap(), std::fs::read(b.join(&file)).unwrap(), "{name} {file:?}");
+                assert_eq!(
+                    std::fs::read(a.join(&file)).unwrap(),
+                    std::fs::read(b.join(&file)).unwrap(),
+                    "{name} {file:?}"
+                );
             }
         }
     }
@@ -213,9 +232,12 @@ fn sql_reads_and_does_not_write() {
     assert!(world.path("tail.parquet").exists());
     let similar = world.sql("select * from top_similar('model.user_embeddings', 2)");
     assert_eq!(similar.len(), USERS * 2);
-    for write in
-        ["create table t as select 1", "insert into films values ('a', 'b')", "copy films to 'x.csv'", "drop table films"]
-    {
+    for write in [
+        "create table t as select 1",
+        "insert into films values ('a', 'b')",
+        "copy films to 'x.csv'",
+        "drop table films",
+    ] {
         let (_, err) = world.expect(2, &["sql", "-p", "pipeline.toml", write]);
         assert!(err.contains("read"), "{err}");
     }
@@ -241,7 +263,10 @@ fn integer_ids_and_a_log_without_time_work_too() {
     write_parquet(
         &world.path("data/films.parquet"),
         vec![
-            ("movie", Arc::new(Int32Array::from_iter_values(titles.iter().map(|t| number(&Some(t.0.clone()))))) as ArrayRef),
+            (
+                "movie",
+                Arc::new(Int32Array::from_iter_values(titles.iter().map(|t| number(&Some(t.0.clone()))))) as ArrayRef,
+            ),
             ("name", Arc::new(arrow::array::StringArray::from_iter(titles.iter().map(|t| t.1.clone())))),
         ],
     );

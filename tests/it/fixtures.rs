@@ -33,7 +33,12 @@ pub fn log() -> Vec<Line> {
             let other = rng.random_range(place..items.len());
             items.swap(place, other);
             let item = format!("m{:02}", items[place]);
-            lines.push((Some(format!("u{u:02}")), Some(item), rng.random_range(1..=5) as f64, 1_000 + place as i64 * 10));
+            lines.push((
+                Some(format!("u{u:02}")),
+                Some(item),
+                rng.random_range(1..=5) as f64,
+                1_000 + place as i64 * 10,
+            ));
         }
     }
     lines
@@ -186,17 +191,25 @@ pub fn write_tiny_llm(folder: &Path) {
     let mut vocab_map = serde_json::Map::new();
     for byte in 0..=255u32 {
         let printable = (33..=126).contains(&byte) || (161..=172).contains(&byte) || (174..=255).contains(&byte);
-        let c = if printable { byte } else { next += 1; next - 1 };
+        let c = if printable {
+            byte
+        } else {
+            next += 1;
+            next - 1
+        };
         vocab_map.insert(char::from_u32(c).unwrap().to_string(), byte.into());
     }
     let specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"];
     let added: Vec<_> = specials
         .iter()
         .enumerate()
-        .map(|(i, s)| serde_json::json!({"id": 256 + i, "content": s, "single_word": false, "lstrip": false,
-            "rstrip": false, "normalized": false, "special": true}))
+        .map(|(i, s)| {
+            serde_json::json!({"id": 256 + i, "content": s, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true})
+        })
         .collect();
-    let byte_level = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let byte_level =
+        serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let tokenizer = serde_json::json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
         "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
@@ -206,7 +219,8 @@ pub fn write_tiny_llm(folder: &Path) {
     std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
     let template = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n\
                     {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-    let tokenizer_config = serde_json::json!({"chat_template": template, "eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"});
+    let tokenizer_config =
+        serde_json::json!({"chat_template": template, "eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"});
     std::fs::write(folder.join("tokenizer_config.json"), tokenizer_config.to_string()).unwrap();
 }
 
