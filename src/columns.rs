@@ -50,6 +50,76 @@ pub const REC_MODEL: &str = "rec_model";
 pub const LLM_MODEL: &str = "llm_model";
 /// Partition column: the day of the run.
 pub const DS: &str = "ds";
+/// string: the users that a figure is over, `all` or `asked`.
+pub const USERS: &str = "users";
+/// string: name of a metric with its cut-off, `NDCG@10`.
+pub const METRIC: &str = "metric";
+/// int32: cut-off of a metric.
+pub const K: &str = "k";
+/// float64: value of a metric.
+pub const VALUE: &str = "value";
+/// int64: how many users a figure is over.
+pub const N: &str = "n";
+/// string: what was known of a user when ranking, `train+valid` or `train`.
+pub const HISTORY_AT_TEST: &str = "history_at_test";
+/// string: what the recommender's weights were fitted on.
+pub const WEIGHTS_FIT_ON: &str = "weights_fit_on";
+/// string: `full`, every item that the user has not interacted with is ranked.
+pub const RANKING: &str = "ranking";
+/// string: which of the interactions of equal time is the last.
+pub const TIE_RULE: &str = "tie_rule";
+/// string: the system that another one is compared with.
+pub const BASELINE: &str = "baseline";
+/// float64: mean of paired differences.
+pub const MEAN_DIFFERENCE: &str = "mean_difference";
+/// float64, nullable: Student's t.
+pub const T: &str = "t";
+/// float64, nullable: two-sided p value.
+pub const P: &str = "p";
+/// float64: a1 of eq. 7.
+pub const A1: &str = "a1";
+/// float64: a2 of eq. 7.
+pub const A2: &str = "a2";
+/// float64: mean NDCG@10 of a pair of weights.
+pub const NDCG_10: &str = "ndcg_10";
+/// float64: mean difference of the best pair of weights to this one.
+pub const DIFFERENCE: &str = "difference";
+/// float64, nullable: standard error of the paired difference to the best pair of weights.
+pub const SE_DIFF: &str = "se_diff";
+/// boolean: the pair of weights with the highest mean.
+pub const BEST: &str = "best";
+/// boolean: the pair of weights that was chosen.
+pub const CHOSEN: &str = "chosen";
+/// string: name of the pipeline.
+pub const PIPELINE: &str = "pipeline";
+/// string: version of tailfuse.
+pub const VERSION: &str = "version";
+/// string: how a run ended.
+pub const STATUS: &str = "status";
+/// timestamp (microseconds, UTC): when a run started.
+pub const STARTED_AT: &str = "started_at";
+/// timestamp (microseconds, UTC): when a run's tables were published.
+pub const FINISHED_AT: &str = "finished_at";
+/// float64: seconds of a run.
+pub const SECONDS: &str = "seconds";
+/// int64: the pipeline's seed.
+pub const SEED: &str = "seed";
+/// int64: users in the published table.
+pub const N_USERS: &str = "n_users";
+/// int64: rows in the published table.
+pub const N_ROWS: &str = "n_rows";
+/// int64, nullable: users that the LLM ranked for.
+pub const USERS_ASKED: &str = "users_asked";
+/// int64, nullable: users for which the LLM failed.
+pub const USERS_FAILED: &str = "users_failed";
+/// int64, nullable: prompts that the LLM answered.
+pub const LLM_PROMPTS: &str = "llm_prompts";
+/// int64, nullable: tokens of those prompts.
+pub const LLM_TOKENS: &str = "llm_tokens";
+/// float64, nullable: seconds that they took.
+pub const LLM_SECONDS: &str = "llm_seconds";
+/// float64: predicted rating, U of eq. 6.
+pub const PREDICTED_RATING: &str = "predicted_rating";
 /// list of float32: a row of an embedding table, `[dim]`.
 pub const EMBEDDING: &str = "embedding";
 /// The other user of a similar pair.
@@ -62,9 +132,15 @@ pub const PERMUTATION: &str = "permutation";
 pub const CANDIDATES: &str = "candidates";
 /// list of strings: their titles, same order.
 pub const CANDIDATE_TITLES: &str = "candidate_titles";
-/// string: the system message of a prompt.
+/// string: the system message of a prompt; in evaluations, whose order it is (`recommender`, `llm`, `fused`).
 pub const SYSTEM: &str = "system";
 /// string: the user message of a prompt.
 pub const PROMPT: &str = "prompt";
 /// int32: length of the whole chat in tokens.
 pub const PROMPT_TOKENS: &str = "prompt_tokens";
+/// bool: whether the user has a test interaction that counts.
+pub const EVALUATED: &str = "evaluated";
+/// int32: titles of the user's history that a prompt shows.
+pub const HISTORY_SHOWN: &str = "history_shown";
+/// int32: titles that a prompt left out to stay within its token budget.
+pub const TITLES_TRIMMED: &str = "titles_trimmed";

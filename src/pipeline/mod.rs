@@ -5,15 +5,24 @@
 //! `parse` (text -> tree with places), `params` (templates), `validate` with `schema_walk`
 //! (tree -> configs), `graph` (references -> order), `spec` (all of it: [`load`]).
 
+pub mod cache;
+pub mod check;
 pub mod diagnostics;
 pub mod document;
+pub mod events;
+pub mod fingerprint;
 pub mod graph;
 pub mod json_schema;
+pub mod nodes;
 pub mod params;
 pub mod parse;
+pub mod plan;
 pub mod reference_docs;
+pub mod run;
 pub mod schema_walk;
 pub mod spec;
+pub mod summary;
+pub mod tables_of;
 pub mod validate;
 
 pub use document::Origin;

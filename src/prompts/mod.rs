@@ -1,1 +1,16 @@
-//! (to be written)
+//! What the LLM is shown: templates, titles, token budgets.
+//!
+//! In: a user's history and shortlist as titles, what the recommender adds (a similar user's
+//! history, its own prediction; arXiv 2401.13870, section 4.3). Out: messages that fit the model's
+//! context, with the same beginning for all users, so that its KV cache is computed once.
+//! The templates are the files of `prompts/`, built in and replaceable.
+
+pub mod budget;
+pub mod templates;
+pub mod titles;
+pub mod topk;
+
+pub use budget::{Budget, Fitted, TooLong, fit};
+pub use templates::{CandidateStyle, Fields, LETTERS, Templates, label};
+pub use titles::clean_title;
+pub use topk::{CandidateOrder, TopkOptions, TopkPrompt, UserCase};

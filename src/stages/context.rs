@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use datafusion::execution::SendableRecordBatchStream;
 
+pub use crate::catalog::ModelFile;
 use crate::error::{Error, Fault, Result};
 use crate::tables::{Store, StoredTable, Table};
 
@@ -94,15 +95,6 @@ pub enum StageInput {
         /// The files.
         artifact: Artifact,
     },
-}
-
-/// Weights that a stage asked for by catalogue name or path, fetched and digested.
-#[derive(Clone, Debug)]
-pub struct ModelFile {
-    /// A GGUF file or a Hugging Face folder.
-    pub path: PathBuf,
-    /// sha256 (hex) of the weights.
-    pub digest: String,
 }
 
 /// Hears of a stage's progress. The terminal draws a bar, a log gets a line each 10%.
@@ -255,9 +247,10 @@ pub trait Stage: Send + Sync {
     fn cacheable(&self) -> bool {
         true
     }
-    /// Schema of an output, where it is known before the stage runs.
-    fn output_schema(&self, _output: &str) -> Option<SchemaRef> {
-        None
+    /// Schemas of the output tables, given those of the input tables (slot -> schema), as far as they
+    /// are known before anything runs. `validate` calls it; a `sql` stage plans its query here.
+    async fn plan_schemas(&self, _inputs: &BTreeMap<String, SchemaRef>) -> Result<BTreeMap<String, SchemaRef>> {
+        Ok(BTreeMap::new())
     }
     /// The work.
     async fn run(&self, ctx: &StageContext) -> Result<StageResult>;

@@ -5,8 +5,19 @@
 //! In: [`StageContext`]. Out: [`StageResult`]. Adding a kind: one file here, one `pub mod`
 //! line and one entry in [`registry::KINDS`].
 
+pub mod calibrate;
 pub mod context;
+pub mod evaluate;
+pub mod fuse;
+pub mod prompt;
+pub mod recommend;
 pub mod registry;
+pub mod rerank;
+pub mod similar;
+pub mod split;
+pub mod sql;
+pub mod train;
+pub mod write;
 
 pub use context::{
     Artifact, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageInput,

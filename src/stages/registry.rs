@@ -22,7 +22,19 @@ pub struct StageKind {
 }
 
 /// The stage kinds in the order of the docs.
-pub static KINDS: &[StageKind] = &[];
+pub static KINDS: &[StageKind] = &[
+    super::sql::KIND,
+    super::split::KIND,
+    super::train::KIND,
+    super::recommend::KIND,
+    super::similar::KIND,
+    super::prompt::KIND,
+    super::rerank::KIND,
+    super::calibrate::KIND,
+    super::fuse::KIND,
+    super::evaluate::KIND,
+    super::write::KIND,
+];
 
 /// The kind of that name.
 pub fn find(name: &str) -> Option<&'static StageKind> {

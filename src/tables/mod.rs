@@ -3,15 +3,27 @@
 //! In: URIs and source specs. Out: [`Table`]s (in memory), [`StoredTable`]s (Parquet
 //! that can be collected in row order or scanned by DataFusion).
 
+mod cleaning;
+mod csv;
 pub mod ids;
 pub mod memory;
+pub mod object_io;
 pub mod parquet;
+pub mod partitions;
+mod repeats;
+pub mod scan;
+pub mod schemas;
 pub mod source;
 pub mod source_config;
+mod source_files;
+pub mod sql_errors;
+pub mod sql_memory;
 pub mod store;
 
 pub use ids::{Id, IdColumn};
 pub use memory::Table;
 pub use parquet::StoredTable;
+pub use source::{SourceReport, SourceTarget, read_source, source_objects};
 pub use source_config::SourceConfig;
+pub use sql_memory::SqlMemory;
 pub use store::Store;

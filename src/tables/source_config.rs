@@ -51,8 +51,8 @@ pub struct SourceConfig {
     /// columns are named `column_1`, `column_2` and so on.
     #[serde(default = "default_header")]
     pub header: bool,
-    /// CSV only: the source's column name = its type. Columns that are not listed get the type
-    /// that their first rows suggest.
+    /// CSV only: the source's column name = its type. Columns that are not listed get the
+    /// narrowest type that all their values fit.
     #[serde(default)]
     pub types: BTreeMap<String, ColumnType>,
 }

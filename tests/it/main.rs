@@ -3,7 +3,53 @@
 
 // Generated documents are current: docs/pipeline.md, the JSON Schema.
 mod docs;
+// The generated reference of tables against the code.
+mod docs_tables;
+// The whole path through the binary, on a small world.
+mod end_to_end;
+// The published files, read and scored by another program.
+mod export_reader;
+// A small world: log, item table, tiny LLM, pipeline file.
+mod fixtures;
+
 // The pipeline file's language: parsing, parameters, validation, the graph.
 mod pipeline_file;
 // Stage kinds without work behind them, for the above.
 mod pipeline_file_fakes;
+
+// The catalogue against a local HTTP server and a stand-in for pip: good and bad sources, locks, files placed by hand.
+mod catalog;
+// Damaged Parquet files are named, and never cause a panic.
+mod corrupt_tables;
+// Sources: types, partitions, bad rows, repeats.
+mod sources;
+// What the tests of tables share.
+mod table_support;
+
+// SQL: functions, shipped files, the names of tables, errors, output, and the stages on it.
+mod query_sql;
+// `top_similar` as SQL and as a stage.
+mod similar;
+
+// The leave-one-out split of MovieLens-100K has the reference's contents.
+mod split_ml100k;
+// One contract for every recommender of the registry.
+mod recommenders;
+// Figures of the recommenders on MovieLens-100K (run by hand).
+mod recommenders_ml100k;
+
+// The LLM engine against golden values.
+mod llm;
+// Damaged, cut-off and foreign model files.
+mod llm_files;
+// The JSON-lines protocol of `tailfuse llm`.
+mod llm_serve;
+// Prompts counted by a real tokenizer: budget, common beginning, hostile titles.
+mod prompts;
+
+// Metrics of hand-made tables, the choice of weights, the terminal's tables.
+mod evaluation;
+// The fused table: every column, source and reason.
+mod fusion;
+// `calibrate`, `fuse` and `evaluate` over Parquet files; the long-tail query against the code.
+mod fusion_stages;

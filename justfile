@@ -1,0 +1,52 @@
+# `just` lists the recipes; every recipe is a command that also works by hand.
+
+export CARGO_TERM_PROGRESS_WHEN := env("CARGO_TERM_PROGRESS_WHEN", "auto")
+
+# Lists the recipes.
+default:
+    @just --list
+
+# The whole path on MovieLens 100K: fetches what it needs, ends with tables on the terminal.
+demo *ARGS:
+    cargo run --release -- run pipelines/demo.toml {{ ARGS }}
+
+# Fixtures that some tests use; after this, tests need no network.
+fetch:
+    cargo run --release -- fetch ml-100k smollm2-135m-instruct
+
+# All tests. They work offline once the fixtures are there.
+test *ARGS:
+    cargo test --release {{ ARGS }}
+
+# Formatting, and clippy with warnings denied (this compiles the CUDA back end too).
+lint:
+    cargo fmt --check
+    cargo clippy --release --all-targets --features cuda -- -D warnings
+
+# Formats the code.
+fmt:
+    cargo fmt
+
+# The benchmarks in benches/.
+bench *ARGS:
+    cargo bench {{ ARGS }}
+
+# Our LLM engine beside llama.cpp and transformers on the same prompts; the head of the script says what to install first.
+bench-llm PYTHON GGUF PROMPTS *ARGS:
+    cargo build --release
+    {{ PYTHON }} peers/bench_llm.py --gguf {{ GGUF }} --prompts {{ PROMPTS }} {{ ARGS }}
+
+# Makes the generated references again: docs/pipeline.md and docs/tables.md.
+docs:
+    cargo run --release -- schema --markdown > target/pipeline.md
+    cargo run --release -- schema --tables > target/tables.md
+    mv target/pipeline.md docs/pipeline.md
+    mv target/tables.md docs/tables.md
+
+# Forgets what stages computed here. Downloads, answers of the LLM (artifacts/ledger) and published tables stay.
+clean-cache:
+    if [ -d artifacts ]; then find artifacts -mindepth 1 -maxdepth 1 ! -name ledger -exec rm -rf {} +; fi
+
+# What a change must pass.
+ci:
+    .ci/run

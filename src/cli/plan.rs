@@ -1,0 +1,59 @@
+//! `tailfuse plan`: the DAG, and what is cached and what will run.
+
+use clap::Args;
+use comfy_table::{Table, presets};
+
+use super::PipelineArgs;
+use super::printer::Printer;
+use crate::error::{Error, Result};
+use crate::pipeline::nodes::Surroundings;
+use crate::pipeline::plan::{PlannedNode, State, plan};
+use crate::pipeline::run::RunOptions;
+
+/// Arguments of `plan`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  tailfuse plan pipelines/demo.toml --set rerank.budget.users=20")]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pipeline: PipelineArgs,
+    /// As in `run`: this stage and all that read from it will run again.
+    #[arg(long, value_name = "STAGE")]
+    from: Option<String>,
+    /// As in `run`: everything will run again.
+    #[arg(long, conflicts_with = "from")]
+    fresh: bool,
+    /// One JSON document instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints the plan on stdout.
+pub async fn main(args: PlanArgs, printer: &Printer) -> Result<()> {
+    let pipeline = args.pipeline.load()?;
+    let around = Surroundings::of(&pipeline)?;
+    let options = RunOptions { from: args.from, fresh: args.fresh };
+    let nodes = plan(&pipeline, &around, &options).await?;
+    if args.json {
+        let text = serde_json::to_string_pretty(&nodes).map_err(|e| Error::internal("plan as JSON").because(e))?;
+        printer.data(&text);
+    } else {
+        printer.data(&table(&nodes));
+    }
+    Ok(())
+}
+
+fn table(nodes: &[PlannedNode]) -> String {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(["node", "kind", "reads", "state", "last took", "artifacts/"]);
+    for node in nodes {
+        let state = match &node.state {
+            State::Cached => "cached".to_owned(),
+            State::WillRun { why } => format!("will run: {why}"),
+        };
+        let seconds = node.seconds.map_or_else(String::new, |s| format!("{s:.1} s"));
+        let folder = node.fingerprint.as_deref().map_or("", |f| &f[..12]);
+        table.add_row([&node.name, &node.kind, &node.reads.join(", "), &state, &seconds, folder]);
+    }
+    let will_run = nodes.iter().filter(|n| matches!(n.state, State::WillRun { .. })).count();
+    format!("{table}\n{} cached, {will_run} will run", nodes.len() - will_run)
+}

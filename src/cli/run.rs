@@ -1,0 +1,109 @@
+//! `tailfuse run`: run a pipeline, show what came out, print the result document.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use serde_json::Value;
+
+use super::PipelineArgs;
+use super::printer::Printer;
+use super::progress::Progress;
+use super::result_document;
+use crate::error::{Error, Result};
+use crate::pipeline::events::Events;
+use crate::pipeline::nodes::Surroundings;
+use crate::pipeline::run::{RunOptions, RunReport, run};
+use crate::pipeline::{Pipeline, summary};
+use crate::stages::context::Cancel;
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  tailfuse run pipelines/demo.toml
+  tailfuse run pipelines/demo.toml --param ds=2026-11-22 --set rerank.budget.users=20
+  tailfuse run pipelines/demo.toml --from rerank --result /airflow/xcom/return.json")]
+pub struct RunArgs {
+    #[command(flatten)]
+    pipeline: PipelineArgs,
+    /// Run this stage and all that read from it again, cached or not.
+    #[arg(long, value_name = "STAGE")]
+    from: Option<String>,
+    /// Run everything again, cached or not. Answers of the LLM are still taken from the ledger.
+    #[arg(long, conflicts_with = "from")]
+    fresh: bool,
+    /// Also write the result document to this file.
+    #[arg(long, value_name = "FILE")]
+    result: Option<PathBuf>,
+}
+
+/// Runs; the result document is the last line of stdout, also when the run fails.
+pub async fn main(args: RunArgs, printer: &Printer) -> Result<()> {
+    let run_id = new_run_id();
+    let name = args.pipeline.pipeline.display().to_string();
+    let outcome = work(&args, &run_id, printer).await;
+    let document = match &outcome {
+        Ok(document) => document.clone(),
+        Err(error) => result_document::failure(&name, &run_id, error),
+    };
+    let line = document.to_string();
+    let written = match &args.result {
+        Some(file) => fs_err::write(file, &line).map_err(|e| Error::environment("cannot write --result").because(e)),
+        None => Ok(()),
+    };
+    printer.data(&line);
+    outcome.map(|_| ()).and(written)
+}
+
+async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<Value> {
+    let pipeline = args.pipeline.load()?;
+    let around = Surroundings::of(&pipeline)?;
+    let options = RunOptions { from: args.from.clone(), fresh: args.fresh };
+    let events: Arc<dyn Events> = Arc::new(Progress::new(printer.clone()));
+    let cancel = Cancel::default();
+    let listener = tokio::spawn(listen(cancel.clone()));
+    printer.say(&format!("{}: run {run_id}, seed {}", pipeline.name, pipeline.seed));
+    let report = run(&pipeline, &around, &options, run_id, &events, &cancel).await;
+    listener.abort();
+    let report = report?;
+    let metrics = summary::metrics(&pipeline, &report).await?;
+    let tables = summary::published(&pipeline, &report).await?;
+    summary::append_run(&pipeline, &report, &tables).await?;
+    show(&pipeline, &report, printer).await?;
+    let rows = metrics.iter().map(summary::MetricRow::to_json).collect();
+    Ok(result_document::success(&pipeline, &report, rows, tables))
+}
+
+async fn show(pipeline: &Pipeline, report: &RunReport, printer: &Printer) -> Result<()> {
+    for text in summary::texts(pipeline, report).await? {
+        printer.say(&format!("\n{text}"));
+    }
+    Ok(())
+}
+
+/// First signal: stop at the next row boundary. Second: the default action.
+async fn listen(cancel: Cancel) {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+        else {
+            return;
+        };
+        tokio::select! {
+            _ = interrupt.recv() => cancel.request(2),
+            _ = terminate.recv() => cancel.request(15),
+        }
+    }
+    #[cfg(not(unix))]
+    if tokio::signal::ctrl_c().await.is_ok() {
+        cancel.request(2);
+    }
+}
+
+/// `20261124T061200Z-1a2b3c`: sorts by time, unique between machines.
+fn new_run_id() -> String {
+    let now = chrono::Utc::now();
+    format!("{}-{:06x}", now.format("%Y%m%dT%H%M%SZ"), rand::random::<u32>() & 0xff_ffff)
+}

@@ -1,0 +1,35 @@
+//! `tailfuse validate`: check a pipeline file without running anything.
+
+use clap::Args;
+
+use super::PipelineArgs;
+use super::printer::Printer;
+use crate::error::Result;
+use crate::pipeline::check;
+use crate::pipeline::nodes::Surroundings;
+
+/// Arguments of `validate`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  tailfuse validate pipelines/demo.toml --param ds=2026-11-22")]
+pub struct ValidateArgs {
+    #[command(flatten)]
+    pipeline: PipelineArgs,
+}
+
+/// Prints what was checked; errors end with exit 78 (65 where the data does not fit).
+pub async fn main(args: ValidateArgs, printer: &Printer) -> Result<()> {
+    let pipeline = args.pipeline.load()?;
+    let around = Surroundings::of(&pipeline)?;
+    let checked = check::check(&pipeline, &around).await?;
+    for line in &checked.lines {
+        printer.say(line);
+    }
+    printer.data(&format!(
+        "{}: valid ({} sources, {} stages, {} table schemas checked)",
+        pipeline.name,
+        pipeline.sources.len(),
+        pipeline.stages.len(),
+        checked.schemas
+    ));
+    Ok(())
+}

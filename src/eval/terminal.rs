@@ -1,0 +1,165 @@
+//! The metrics as text tables for a terminal of 100 columns.
+//!
+//! In: the `metrics` and `comparison` tables of an evaluation. Out: one string.
+
+use comfy_table::{Cell, CellAlignment, Table as TextTable, presets};
+use std::collections::HashMap;
+use std::fmt::Write;
+
+use crate::columns::{
+    BASELINE, BUCKET, HISTORY_AT_TEST, MEAN_DIFFERENCE, METRIC, N, P, RANKING, SYSTEM, TIE_RULE, USERS, VALUE,
+    WEIGHTS_FIT_ON,
+};
+use crate::error::Result;
+use crate::eval::buckets::Slice;
+use crate::eval::evaluate::{ALL_USERS, ASKED_USERS};
+use crate::tables::Table;
+
+use arrow::array::{Array, AsArray};
+use arrow::datatypes::{DataType, Float64Type};
+
+/// The metrics that are shown where they are there.
+const SHOWN: [&str; 5] = ["Hit@3", "NDCG@3", "Hit@5", "NDCG@5", "NDCG@10"];
+/// How many are shown where none of those is there; as many as fit.
+const MOST: usize = 6;
+
+/// Renders the tables: each system over all users, then over those that the LLM was asked for,
+/// and the paired tests of NDCG (of the greatest cut-off that is shown). Columns as declared for
+/// the `evaluate` stage; an error says which is missing.
+pub fn render(metrics: &Table, comparison: &Table) -> Result<String> {
+    let figures = Figures::from_table(metrics)?;
+    let mut text = String::new();
+    for scope in [ALL_USERS, ASKED_USERS] {
+        let Some(n) = figures.n(scope, Slice::All) else { continue };
+        if !text.is_empty() {
+            text.push('\n');
+        }
+        let users = if n == 1 { "user" } else { "users" };
+        let title = match scope {
+            ALL_USERS => format!("All {n} {users} with a held-out item\n{}", figures.protocol),
+            _ => format!("The {n} {users} of them that the LLM was asked for"),
+        };
+        let _ = writeln!(text, "{title}\n{}", figures.table(scope));
+    }
+    let tests = tests(comparison, figures.shown.last().map_or("", |m| m.as_str()))?;
+    if !tests.is_empty() {
+        let _ = write!(text, "\n{tests}");
+    }
+    Ok(text)
+}
+
+/// The metrics table by what its rows are of.
+struct Figures {
+    /// (scope, bucket, system, metric) -> (value, n).
+    of: HashMap<(String, String, String, String), (f64, i64)>,
+    systems: Vec<String>,
+    shown: Vec<String>,
+    protocol: String,
+}
+
+impl Figures {
+    fn from_table(metrics: &Table) -> Result<Figures> {
+        let [scope, bucket, system, metric] =
+            [USERS, BUCKET, SYSTEM, METRIC].map(|c| metrics.strings(c).map(some_text));
+        let (scope, bucket, system, metric) = (scope?, bucket?, system?, metric?);
+        let (values, ns) = (metrics.f64s(VALUE)?, metrics.i64s(N)?);
+        let mut of = HashMap::new();
+        for (row, (&value, &n)) in values.iter().zip(&ns).enumerate() {
+            let key = (scope[row].clone(), bucket[row].clone(), system[row].clone(), metric[row].clone());
+            of.insert(key, (value, n));
+        }
+        let present = in_order(&metric);
+        let mut shown: Vec<String> = SHOWN.iter().map(|m| (*m).to_owned()).filter(|m| present.contains(m)).collect();
+        if shown.is_empty() {
+            shown = present.into_iter().take(MOST).collect();
+        }
+        let said = |column: &str| -> Result<String> {
+            Ok(some_text(metrics.strings(column)?).into_iter().next().unwrap_or_default())
+        };
+        let protocol = format!(
+            "({} ranking, known at test: {}, weights fitted on: {}, ties: {})",
+            said(RANKING)?,
+            said(HISTORY_AT_TEST)?,
+            said(WEIGHTS_FIT_ON)?,
+            said(TIE_RULE)?
+        );
+        // The LLM has no row over all users: take the order of the systems from the asked ones.
+        let asked: Vec<String> =
+            system.iter().zip(&scope).filter(|(_, s)| *s == ASKED_USERS).map(|(name, _)| name.clone()).collect();
+        let systems = in_order(&[asked, system].concat());
+        Ok(Figures { of, systems, shown, protocol })
+    }
+
+    fn get(&self, scope: &str, slice: Slice, system: &str, metric: &str) -> Option<(f64, i64)> {
+        let key = (scope.to_owned(), slice.name().to_owned(), system.to_owned(), metric.to_owned());
+        self.of.get(&key).copied()
+    }
+
+    /// How many users a group has; `None` when it has no figure.
+    fn n(&self, scope: &str, slice: Slice) -> Option<i64> {
+        let mut each = self.systems.iter().flat_map(|s| self.shown.iter().map(move |m| (s, m)));
+        each.find_map(|(s, m)| self.get(scope, slice, s, m)).map(|(_, n)| n)
+    }
+
+    fn table(&self, scope: &str) -> String {
+        let mut table = TextTable::new();
+        table.load_preset(presets::ASCII_MARKDOWN);
+        let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
+        let mut head = vec![Cell::new("users"), right("n".to_owned()), Cell::new("system")];
+        head.extend(self.shown.iter().cloned().map(right));
+        table.set_header(head);
+        for slice in Slice::EACH {
+            let Some(n) = self.n(scope, slice) else { continue };
+            let mut first = true;
+            for system in &self.systems {
+                let values: Vec<Option<(f64, i64)>> =
+                    self.shown.iter().map(|m| self.get(scope, slice, system, m)).collect();
+                if values.iter().all(Option::is_none) {
+                    continue;
+                }
+                let (group, count) = if first { (slice.name().to_owned(), n.to_string()) } else { Default::default() };
+                first = false;
+                let mut row = vec![Cell::new(group), right(count), Cell::new(system)];
+                row.extend(values.into_iter().map(|v| right(v.map_or("-".to_owned(), |(v, _)| format!("{v:.4}")))));
+                table.add_row(row);
+            }
+        }
+        table.to_string()
+    }
+}
+
+/// The paired tests of one metric, a line each, where the LLM changed anything to test.
+fn tests(comparison: &Table, metric: &str) -> Result<String> {
+    let [scope, bucket, system, baseline, metrics] =
+        [USERS, BUCKET, SYSTEM, BASELINE, METRIC].map(|c| comparison.strings(c).map(some_text));
+    let (scope, bucket, system, baseline, metrics) = (scope?, bucket?, system?, baseline?, metrics?);
+    let (means, ns) = (comparison.f64s(MEAN_DIFFERENCE)?, comparison.i64s(N)?);
+    let p = comparison.column_as(P, &DataType::Float64)?;
+    let p = p.as_primitive::<Float64Type>();
+    let mut text = String::new();
+    for row in (0..comparison.num_rows()).filter(|&r| metrics[r] == metric && bucket[r] == Slice::All.name()) {
+        let p = if p.is_null(row) { "not defined".to_owned() } else { format!("{:.3}", p.value(row)) };
+        let users = if scope[row] == ALL_USERS { "all users" } else { "users asked for" };
+        let _ = writeln!(
+            text,
+            "{metric}, {users}: {} - {} = {:+.4} (paired t-test over {}, p {p})",
+            system[row], baseline[row], means[row], ns[row]
+        );
+    }
+    Ok(text)
+}
+
+fn some_text(column: Vec<Option<String>>) -> Vec<String> {
+    column.into_iter().map(Option::unwrap_or_default).collect()
+}
+
+/// The distinct values in the order in which they first occur.
+fn in_order(values: &[String]) -> Vec<String> {
+    let mut found: Vec<String> = Vec::new();
+    for v in values {
+        if !found.contains(v) {
+            found.push(v.clone());
+        }
+    }
+    found
+}

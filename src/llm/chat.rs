@@ -1,0 +1,443 @@
+//! Conversations to token ids, by the model's own chat template.
+//!
+//! In: messages. Out: ids. The template is Jinja, from the GGUF metadata, `chat_template.jinja`
+//! or `tokenizer_config.json`, and rendered with the settings that transformers uses.
+//!
+//! Text inside a message can never become a special token. The trick: where a message's text
+//! holds the spelling of one (or the beginning or end of one, which the template could
+//! complete), a character that occurs nowhere else is put inside. The rendered text is split at special
+//! tokens, which then are the template's alone; the character is taken out again, and the
+//! stretches between are encoded as plain text.
+
+use std::path::Path;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Value, ValueKind};
+use minijinja::{Environment, ErrorKind, State};
+use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
+
+use super::config::LlamaConfig;
+use super::gguf::Gguf;
+use super::tokenizer::{SpecialToken, Tokenizer};
+use super::weights::is_folder;
+use crate::error::{Error, Result};
+
+/// One message of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Message {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// The text; special tokens in it are plain characters.
+    pub content: String,
+}
+
+impl Message {
+    /// A message of `role`.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Message { role: role.into(), content: content.into() }
+    }
+}
+
+/// Tokenizer, chat template and context length of a model. Opens without loading weights.
+pub struct ChatTokenizer {
+    /// `None` for a folder of weights alone.
+    tokenizer: Option<Tokenizer>,
+    template: Option<ChatTemplate>,
+    config: LlamaConfig,
+    /// The file or folder, for messages.
+    place: String,
+}
+
+/// A compiled template and the texts of its tokens.
+struct ChatTemplate {
+    environment: Environment<'static>,
+    source: String,
+    bos: String,
+    eos: String,
+}
+
+/// Name of the template inside its environment.
+const TEMPLATE: &str = "chat";
+
+/// Characters that Unicode reserves for use inside programs (noncharacters U+FDD0 to U+FDEF).
+const MARKS: std::ops::RangeInclusive<char> = '\u{fdd0}'..='\u{fdef}';
+
+impl ChatTokenizer {
+    /// Opens the tokenizer of a GGUF file or of a Hugging Face folder.
+    ///
+    /// # Errors
+    /// Exit 65 where a file is missing, damaged or of an unsupported kind, where the template is no valid Jinja, or where the
+    /// vocabulary has more tokens than the embedding has rows.
+    pub fn open(path: &Path) -> Result<Self> {
+        if is_folder(path) { Self::from_folder(path) } else { Self::from_gguf(&Gguf::open(path)?) }
+    }
+
+    /// As [`ChatTokenizer::open`], but a folder may lack `tokenizer.json`.
+    ///
+    /// # Errors
+    /// As [`ChatTokenizer::open`].
+    pub fn open_weights_only(path: &Path) -> Result<Self> {
+        if !is_folder(path) || path.join("tokenizer.json").exists() {
+            return Self::open(path);
+        }
+        let config = LlamaConfig::from_hf(&path.join("config.json"))?;
+        Ok(ChatTokenizer { tokenizer: None, template: None, config, place: path.display().to_string() })
+    }
+
+    /// The tokenizer, or why there is none.
+    ///
+    /// # Errors
+    /// Exit 65 for a folder of weights alone.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.tokenizer.as_ref().ok_or_else(|| {
+            Error::data(format!("{}: the model folder has no tokenizer.json", self.place))
+                .with_help("give token ids, or put the model's tokenizer.json into the folder")
+        })
+    }
+
+    fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let config = LlamaConfig::from_gguf(gguf)?;
+        let tokenizer = Tokenizer::from_gguf(gguf)?;
+        let template = match gguf.get("tokenizer.chat_template") {
+            None => None,
+            Some(_) => Some(gguf.text("tokenizer.chat_template")?.to_owned()),
+        };
+        let token = |id: Option<u32>| id.and_then(|id| tokenizer.token(id)).unwrap_or_default();
+        let (bos, eos) = (token(config.bos), token(config.eos.first().copied()));
+        Self::assemble(tokenizer, template, bos, eos, config, gguf.path())
+    }
+
+    fn from_folder(folder: &Path) -> Result<Self> {
+        let config = LlamaConfig::from_hf(&folder.join("config.json"))?;
+        let tokenizer = Tokenizer::from_json(&folder.join("tokenizer.json"))?;
+        let settings_path = folder.join("tokenizer_config.json");
+        let settings: Json = if settings_path.is_file() {
+            let bytes =
+                fs_err::read(&settings_path).map_err(|e| Error::data("cannot read the tokenizer").because(e))?;
+            serde_json::from_slice(&bytes)
+                .map_err(|e| Error::data(format!("{}: not JSON: {e}", settings_path.display())))?
+        } else {
+            Json::Null
+        };
+        let template_path = folder.join("chat_template.jinja");
+        let template = if template_path.is_file() {
+            Some(
+                fs_err::read_to_string(&template_path)
+                    .map_err(|e| Error::data("cannot read the template").because(e))?,
+            )
+        } else {
+            template_of(&settings["chat_template"])
+        };
+        // A token is written as text, or as an object with its `content`.
+        let written = |key: &str, id: Option<u32>| {
+            let entry = &settings[key];
+            let text = entry.as_str().or_else(|| entry["content"].as_str()).map(str::to_owned);
+            text.or_else(|| id.and_then(|id| tokenizer.token(id))).unwrap_or_default()
+        };
+        let (bos, eos) = (written("bos_token", config.bos), written("eos_token", config.eos.first().copied()));
+        Self::assemble(tokenizer, template, bos, eos, config, folder)
+    }
+
+    fn assemble(
+        tokenizer: Tokenizer,
+        template: Option<String>,
+        bos: String,
+        eos: String,
+        config: LlamaConfig,
+        path: &Path,
+    ) -> Result<Self> {
+        let place = path.display().to_string();
+        if tokenizer.size() > config.vocab_size {
+            let (tokens, rows) = (tokenizer.size(), config.vocab_size);
+            return Err(Error::data(format!(
+                "{place}: the vocabulary has {tokens} tokens, but the weights have {rows}"
+            ))
+            .with_help("the tokenizer and the weights are of different models"));
+        }
+        let template = template
+            .map(|source| ChatTemplate::compile(source, bos, eos))
+            .transpose()
+            .map_err(|what| Error::data(format!("{place}: the chat template is not valid: {what}")))?;
+        Ok(ChatTokenizer { tokenizer: Some(tokenizer), template, config, place })
+    }
+
+    /// Ids of a conversation, followed by the opening of the assistant's answer.
+    ///
+    /// # Errors
+    /// Exit 65 where the model has no chat template or the template refuses the messages.
+    pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        self.encode_conversation(messages, true)
+    }
+
+    /// Ids of a conversation, with or without the opening of the assistant's answer.
+    ///
+    /// # Errors
+    /// As [`ChatTokenizer::encode_chat`].
+    pub fn encode_conversation(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Vec<u32>> {
+        let tokenizer = self.tokenizer()?;
+        let (rendered, mark) = self.render_marked(messages, add_generation_prompt)?;
+        let mut ids = Vec::new();
+        for piece in split_special(&rendered, tokenizer.special()) {
+            match piece {
+                Piece::Special(id) => ids.push(id),
+                Piece::Text(text) if text.contains(mark) => ids.extend(tokenizer.encode_text(&text.replace(mark, ""))),
+                Piece::Text(text) => ids.extend(tokenizer.encode_text(text)),
+            }
+        }
+        Ok(ids)
+    }
+
+    /// The rendered text of a conversation.
+    ///
+    /// # Errors
+    /// As [`ChatTokenizer::encode_chat`].
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let (rendered, mark) = self.render_marked(messages, add_generation_prompt)?;
+        Ok(rendered.replace(mark, ""))
+    }
+
+    /// The rendered text with marks inside the special tokens of messages, and the mark.
+    fn render_marked(&self, messages: &[Message], add_generation_prompt: bool) -> Result<(String, char)> {
+        let template = self.template.as_ref().ok_or_else(|| {
+            Error::data(format!("{}: the model has no chat template", self.place))
+                .with_help("use an instruction-tuned model, or put its chat_template.jinja into the folder")
+        })?;
+        let used = |mark: &char| {
+            template.source.contains(*mark)
+                || messages.iter().any(|m| m.role.contains(*mark) || m.content.contains(*mark))
+        };
+        let mark = MARKS
+            .into_iter()
+            .find(|m| !used(m))
+            .ok_or_else(|| Error::data("a message uses every character that Unicode reserves for programs"))?;
+        let special = self.tokenizer()?.special();
+        let marked: Vec<Message> = messages
+            .iter()
+            .map(|m| Message { role: guard(&m.role, special, mark), content: guard(&m.content, special, mark) })
+            .collect();
+        let rendered = template.render(&marked, add_generation_prompt).map_err(|what| {
+            Error::data(format!("{}: the chat template refuses the messages: {what}", self.place).replace(mark, ""))
+        })?;
+        Ok((rendered, mark))
+    }
+
+    /// Ids of a text in which special tokens are plain characters; none for a folder of weights alone.
+    pub fn encode_text(&self, text: &str) -> Vec<u32> {
+        self.tokenizer.as_ref().map(|t| t.encode_text(text)).unwrap_or_default()
+    }
+
+    /// Text of ids, special tokens written out; bytes that are no UTF-8 become U+FFFD.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        self.tokenizer.as_ref().map(|t| t.decode(ids)).unwrap_or_default()
+    }
+
+    /// Tokens that a prompt and what follows it may have at most.
+    pub fn context_length(&self) -> usize {
+        self.config.context
+    }
+
+    /// Rows of the embedding: ids are below it.
+    pub fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    /// Tokens that end a text.
+    pub fn end_of_text(&self) -> &[u32] {
+        &self.config.eos
+    }
+}
+
+/// The template of `tokenizer_config.json`: text, or a list of named ones, of which `default` is meant.
+fn template_of(entry: &Json) -> Option<String> {
+    let named = |name: &str| entry.as_array()?.iter().find(|t| t["name"] == name)?["template"].as_str();
+    entry.as_str().or_else(|| named("default")).map(str::to_owned)
+}
+
+impl ChatTemplate {
+    fn compile(source: String, bos: String, eos: String) -> Result<Self, String> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|e| e.to_string())?);
+        environment.set_unknown_method_callback(python_method);
+        environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_template_owned(TEMPLATE, source.clone()).map_err(|e| e.to_string())?;
+        Ok(ChatTemplate { environment, source, bos, eos })
+    }
+
+    fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, String> {
+        let template = self.environment.get_template(TEMPLATE).map_err(|e| e.to_string())?;
+        let pair = |m: &Message| Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())]);
+        let context = minijinja::context! {
+            messages => messages.iter().map(pair).collect::<Vec<Value>>(),
+            add_generation_prompt => add_generation_prompt,
+            bos_token => self.bos.as_str(),
+            eos_token => self.eos.as_str(),
+        };
+        template.render(context).map_err(|e| e.to_string())
+    }
+}
+
+/// Methods of Python's strings and dicts that chat templates call.
+fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, minijinja::Error> {
+    let unknown = || minijinja::Error::new(ErrorKind::UnknownMethod, format!("`{method}` is not supported"));
+    if let Some(text) = value.as_str() {
+        let argument = args.first().and_then(Value::as_str);
+        let set: Vec<char> = argument.unwrap_or_default().chars().collect();
+        let cut = |c: char| if argument.is_some() { set.contains(&c) } else { c.is_whitespace() };
+        return Ok(match (method, argument) {
+            ("strip", _) => Value::from(text.trim_matches(cut)),
+            ("lstrip", _) => Value::from(text.trim_start_matches(cut)),
+            ("rstrip", _) => Value::from(text.trim_end_matches(cut)),
+            ("upper", _) => Value::from(text.to_uppercase()),
+            ("lower", _) => Value::from(text.to_lowercase()),
+            ("startswith", Some(prefix)) => Value::from(text.starts_with(prefix)),
+            ("endswith", Some(suffix)) => Value::from(text.ends_with(suffix)),
+            ("split", Some(separator)) if args.len() == 1 && !separator.is_empty() => {
+                Value::from(text.split(separator).map(str::to_owned).collect::<Vec<_>>())
+            }
+            ("replace", Some(from)) => match args.get(1).and_then(Value::as_str) {
+                Some(to) => Value::from(text.replace(from, to)),
+                None => return Err(unknown()),
+            },
+            _ => return Err(unknown()),
+        });
+    }
+    match (value.kind(), method) {
+        (ValueKind::Map, "items") => state.apply_filter("items", std::slice::from_ref(value)),
+        (ValueKind::Map, "get") => {
+            let key = args.first().ok_or_else(unknown)?;
+            let found = value.get_item(key)?;
+            Ok(if found.is_undefined() { args.get(1).cloned().unwrap_or(Value::from(())) } else { found })
+        }
+        _ => Err(unknown()),
+    }
+}
+
+/// A stretch of rendered text.
+#[derive(Debug, PartialEq)]
+enum Piece<'a> {
+    Special(u32),
+    Text(&'a str),
+}
+
+/// Splits at special tokens: the leftmost one, of those that start there the longest.
+fn split_special<'a>(text: &'a str, special: &[SpecialToken]) -> Vec<Piece<'a>> {
+    let mut pieces = Vec::new();
+    let (mut start, mut at) = (0, 0);
+    while at < text.len() {
+        let rest = &text[at..];
+        let Some(token) = special.iter().filter(|t| rest.starts_with(&t.text)).max_by_key(|t| t.text.len()) else {
+            at += rest.chars().next().map_or(1, char::len_utf8);
+            continue;
+        };
+        let before = &text[start..at];
+        let before = if token.lstrip { before.trim_end() } else { before };
+        if !before.is_empty() {
+            pieces.push(Piece::Text(before));
+        }
+        pieces.push(Piece::Special(token.id));
+        at += token.text.len();
+        if token.rstrip {
+            at = text.len() - text[at..].trim_start().len();
+        }
+        start = at;
+    }
+    if start < text.len() {
+        pieces.push(Piece::Text(&text[start..]));
+    }
+    pieces
+}
+
+/// Puts `mark` into every place of a message's text where a special token is written, ends or begins.
+fn guard(text: &str, special: &[SpecialToken], mark: char) -> String {
+    // Byte positions that get a mark.
+    let mut cuts: Vec<usize> = Vec::new();
+    for token in special {
+        let spelling = token.text.as_str();
+        let first = spelling.chars().next().map_or(0, char::len_utf8);
+        // Overlapping ones too: a search that goes on one character later.
+        let mut from = 0;
+        while let Some(found) = text[from..].find(spelling) {
+            let at = from + found;
+            cuts.push(at + first);
+            from = at + first;
+        }
+        // What the template could complete on either side, also after it has trimmed the text.
+        for body in [text, text.trim()] {
+            let start = text.len() - text.trim_start().len();
+            let offset = if body.len() == text.len() { 0 } else { start };
+            for (i, _) in spelling.char_indices().skip(1) {
+                if body.ends_with(&spelling[..i]) {
+                    cuts.push(offset + body.len() - i + first);
+                }
+                if body.starts_with(&spelling[i..]) {
+                    cuts.push(offset);
+                }
+            }
+        }
+    }
+    cuts.sort_unstable();
+    cuts.dedup();
+    let mut out = String::with_capacity(text.len() + cuts.len() * mark.len_utf8());
+    let mut from = 0;
+    for cut in cuts {
+        out.push_str(&text[from..cut]);
+        out.push(mark);
+        from = cut;
+    }
+    out.push_str(&text[from..]);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(id: u32, text: &str) -> SpecialToken {
+        SpecialToken { id, text: text.to_owned(), lstrip: false, rstrip: false }
+    }
+
+    #[test]
+    fn the_longest_token_wins_and_white_space_goes_where_asked() {
+        let mut special = vec![token(0, "<a>"), token(1, "<a>b")];
+        let pieces = split_special("x <a>b<a> y", &special);
+        assert_eq!(pieces, [Piece::Text("x "), Piece::Special(1), Piece::Special(0), Piece::Text(" y")]);
+        special[0].rstrip = true;
+        special[1].lstrip = true;
+        let pieces = split_special("x <a>b<a> y", &special);
+        assert_eq!(pieces, [Piece::Text("x"), Piece::Special(1), Piece::Special(0), Piece::Text("y")]);
+    }
+
+    #[test]
+    fn guarded_text_never_makes_a_token_with_its_surroundings() {
+        let special = [token(0, "<|end|>"), token(1, "><")];
+        for text in ["<|end|>", "a <|end|> b", "|end|>", "  end|> ", "<|e", "<", ">", "<|<|end|>", "><><", "plain", ""]
+        {
+            let guarded = guard(text, &special, '#');
+            assert_eq!(guarded.replace('#', ""), text);
+            for t in &special {
+                for (i, _) in t.text.char_indices().chain([(t.text.len(), ' ')]) {
+                    let around = format!("{}{}{}", &t.text[..i], guarded, &t.text[i..]);
+                    for whole in [around, format!("{}{}{}", &t.text[..i], guarded.trim(), &t.text[i..])] {
+                        let found =
+                            split_special(&whole, &special).iter().filter(|p| matches!(p, Piece::Special(_))).count();
+                        // Only what the surroundings spell on their own, or where the text is empty.
+                        let own = usize::from(i == 0 || i == t.text.len() || text.is_empty());
+                        assert!(found <= own, "{whole:?} has {found} tokens");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn templates_come_in_three_forms() {
+        assert_eq!(template_of(&serde_json::json!("t")), Some("t".to_owned()));
+        assert_eq!(template_of(&serde_json::json!([{"name": "default", "template": "d"}])), Some("d".to_owned()));
+        assert_eq!(template_of(&Json::Null), None);
+    }
+}

@@ -1,0 +1,134 @@
+//! The plan: which nodes are cached and which will run, without running or fetching anything.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Serialize;
+
+use super::Pipeline;
+use super::cache::{Cache, Record};
+use super::nodes::{Digests, Surroundings, source_identity, source_store, stage_identity};
+use super::run::RunOptions;
+use crate::error::Result;
+use crate::tables::Store;
+
+/// What will happen to a node.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "state")]
+pub enum State {
+    /// Its result is in the artifacts folder.
+    Cached,
+    /// It will run; why.
+    WillRun {
+        /// In words.
+        why: String,
+    },
+}
+
+/// One node of the plan.
+#[derive(Clone, Debug, Serialize)]
+pub struct PlannedNode {
+    /// Name in the pipeline file.
+    pub name: String,
+    /// Stage kind, or `source`.
+    pub kind: String,
+    /// Names of the nodes that it reads.
+    pub reads: Vec<String>,
+    /// Cached or not.
+    #[serde(flatten)]
+    pub state: State,
+    /// The folder below `artifacts`, where it can be known already.
+    pub fingerprint: Option<String>,
+    /// Seconds that it took, where it is cached.
+    pub seconds: Option<f64>,
+    /// Output -> rows, where it is cached.
+    pub rows: BTreeMap<String, u64>,
+    /// The record, where it is cached.
+    #[serde(skip)]
+    pub record: Option<Record>,
+}
+
+/// Looks up every node in topological order: sources first, then stages.
+pub async fn plan(pipeline: &Pipeline, around: &Surroundings, options: &RunOptions) -> Result<Vec<PlannedNode>> {
+    let cache = Cache::new(Store::open(&pipeline.artifacts, &pipeline.root)?);
+    let forced = options.forced(pipeline)?;
+    let mut known = Digests::new();
+    let mut nodes = Vec::new();
+    for (name, config) in &pipeline.sources {
+        let mut node = PlannedNode::new(name, "source", Vec::new());
+        match source_store(pipeline, config, around, None).await? {
+            None => node.state = will_run("not fetched yet"),
+            Some(store) => {
+                let fingerprint = source_identity(name, config, &store).await?.fingerprint();
+                look_up(&cache, &forced, &mut node, fingerprint, "new or changed files or settings").await?;
+            }
+        }
+        node.learn(&mut known);
+        nodes.push(node);
+    }
+    for stage in &pipeline.stages {
+        let reads: BTreeSet<&str> = stage.inputs.iter().map(|i| i.from.name()).collect();
+        let mut node = PlannedNode::new(&stage.name, stage.kind.name, reads.into_iter().map(str::to_owned).collect());
+        let mut models = BTreeMap::new();
+        for model in stage.stage.models() {
+            let file = around.catalog.model_digest(&model, &pipeline.root, &around.cache)?;
+            models.insert(model, file);
+        }
+        match stage_identity(stage, &known, &models) {
+            Err(upstream) => node.state = will_run(&format!("after `{upstream}`")),
+            Ok(_) if !stage.stage.cacheable() => node.state = will_run("publishes in every run"),
+            Ok(identity) => {
+                look_up(&cache, &forced, &mut node, identity.fingerprint(), "new or changed settings or inputs")
+                    .await?;
+            }
+        }
+        node.learn(&mut known);
+        nodes.push(node);
+    }
+    Ok(nodes)
+}
+
+async fn look_up(
+    cache: &Cache,
+    forced: &BTreeSet<String>,
+    node: &mut PlannedNode,
+    fingerprint: String,
+    otherwise: &str,
+) -> Result<()> {
+    node.state = if forced.contains(&node.name) {
+        will_run("asked for by --fresh or --from")
+    } else if let Some(record) = cache.find(&fingerprint).await? {
+        node.seconds = Some(record.seconds);
+        node.rows = record.outputs.iter().filter_map(|(n, o)| Some((n.clone(), o.rows?))).collect();
+        node.record = Some(record);
+        State::Cached
+    } else {
+        will_run(otherwise)
+    };
+    node.fingerprint = Some(fingerprint);
+    Ok(())
+}
+
+fn will_run(why: &str) -> State {
+    State::WillRun { why: why.to_owned() }
+}
+
+impl PlannedNode {
+    fn new(name: &str, kind: &str, reads: Vec<String>) -> Self {
+        PlannedNode {
+            name: name.to_owned(),
+            kind: kind.to_owned(),
+            reads,
+            state: will_run(""),
+            fingerprint: None,
+            seconds: None,
+            rows: BTreeMap::new(),
+            record: None,
+        }
+    }
+
+    fn learn(&self, known: &mut Digests) {
+        for (output, o) in self.record.iter().flat_map(|r| &r.outputs) {
+            known.insert((self.name.clone(), output.clone()), o.sha256.clone());
+        }
+    }
+}

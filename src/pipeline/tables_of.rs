@@ -1,0 +1,52 @@
+//! The tables of a pipeline for `tailfuse sql`: sources, stage outputs, published tables.
+//!
+//! In: a pipeline. Out: a DataFusion session in which everything that is there has its name, and
+//! the names of what is not there yet.
+
+use super::Pipeline;
+use super::cache::Cache;
+use super::graph::ROWS;
+use super::nodes::Surroundings;
+use super::plan::plan;
+use super::run::RunOptions;
+use crate::error::Result;
+use crate::query::{Catalog, NamedTable, open_session};
+use crate::stages::StageInput;
+use crate::tables::{SqlMemory, Store};
+
+/// A session over the pipeline's tables, and the sources and stages whose result is not in the cache.
+pub async fn session(
+    pipeline: &Pipeline,
+    around: &Surroundings,
+) -> Result<(datafusion::prelude::SessionContext, Vec<String>)> {
+    let memory = SqlMemory { limit: pipeline.memory_limit, spill_dir: pipeline.spill_dir.clone() };
+    let ctx = open_session(&memory)?;
+    let cache = Cache::new(Store::open(&pipeline.artifacts, &pipeline.root)?);
+    let mut catalog = Catalog::new(&ctx);
+    let mut missing = Vec::new();
+    for node in plan(pipeline, around, &RunOptions::default()).await? {
+        let Some(record) = &node.record else {
+            // What publishes in every run is found in the warehouse.
+            if node.kind != "write" {
+                missing.push(node.name);
+            }
+            continue;
+        };
+        let default = match pipeline.stage(&node.name) {
+            Some(stage) => stage.outputs.first().map(|o| o.name),
+            None => Some(ROWS),
+        };
+        for (output, recorded) in &record.outputs {
+            if recorded.what != "table" {
+                continue;
+            }
+            if let StageInput::Table(table) = cache.open(record, output).await? {
+                let default = default == Some(output.as_str());
+                let stage = node.name.clone();
+                catalog.add(&NamedTable::Output { stage, output: output.clone(), default, table })?;
+            }
+        }
+    }
+    catalog.add_published(&Store::open(&pipeline.warehouse, &pipeline.root)?).await?;
+    Ok((ctx, missing))
+}

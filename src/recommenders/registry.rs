@@ -1,0 +1,96 @@
+//! All backbones, ordered and greppable. Adding one: a file, a `pub mod` line, an entry here.
+
+use schemars::Schema;
+use serde_json::Value;
+
+use super::saved::Tensors;
+use super::{Recommender, Scorer, hyper, lightgcn, mf};
+use crate::error::{Error, Result};
+
+/// What a backbone predicts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// A ranked set of items; the order of the history does not matter.
+    TopK,
+}
+
+/// One backbone.
+pub struct Backbone {
+    /// `model = "..."` in the pipeline file; also the file's name in `src/recommenders/`.
+    pub name: &'static str,
+    /// One line for the docs.
+    pub about: &'static str,
+    /// What it predicts.
+    pub task: Task,
+    /// JSON Schema of its hyper-parameters, from the type that `build` reads.
+    pub schema: fn() -> Schema,
+    /// Hyper-parameters (already checked against `schema`) -> recommender.
+    pub build: fn(hyper: Value) -> Result<Box<dyn Recommender>>,
+    /// Weights -> scorer; errors (exit 65) name the tensor that is missing or has a wrong shape.
+    pub load: fn(tensors: &Tensors) -> Result<Box<dyn Scorer>>,
+}
+
+/// The backbones in the order of the docs.
+pub static BACKBONES: &[Backbone] = &[mf::BACKBONE, lightgcn::BACKBONE];
+
+/// The backbone of that name.
+///
+/// # Errors
+/// There is none (exit 78); the help names those there are and the nearest one.
+pub fn find(name: &str) -> Result<&'static Backbone> {
+    BACKBONES.iter().find(|b| b.name == name).ok_or_else(|| {
+        let names: Vec<&str> = BACKBONES.iter().map(|b| b.name).collect();
+        Error::spec(format!("there is no model `{name}`")).with_help(hyper::suggest(name, &names, "models"))
+    })
+}
+
+impl Backbone {
+    /// A recommender with the given hyper-parameters; what is not given has its default.
+    ///
+    /// # Errors
+    /// A name that this backbone does not know, a value outside its range or of another type (exit 78).
+    pub fn recommender(&self, given: &Value) -> Result<Box<dyn Recommender>> {
+        hyper::check(self.name, &(self.schema)(), given)?;
+        (self.build)(given.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn names_are_file_names_and_unique() {
+        for (n, backbone) in BACKBONES.iter().enumerate() {
+            assert!(BACKBONES[..n].iter().all(|b| b.name != backbone.name), "{} twice", backbone.name);
+            let file = std::path::Path::new(file!()).with_file_name(format!("{}.rs", backbone.name));
+            assert!(file.exists(), "{} is missing", file.display());
+            assert!(backbone.about.len() > 20, "{} says too little about itself", backbone.name);
+        }
+    }
+
+    #[test]
+    fn every_hyper_parameter_is_documented_and_has_a_default() {
+        for backbone in BACKBONES {
+            let schema = (backbone.schema)();
+            let defaults = backbone.recommender(&json!({})).unwrap().hyper();
+            let properties = schema.get("properties").unwrap().as_object().unwrap();
+            assert!(!properties.is_empty());
+            for (name, property) in properties {
+                assert!(property["description"].as_str().is_some(), "{}.{name} has no docs", backbone.name);
+                assert!(defaults.get(name).is_some(), "{}.{name} has no default", backbone.name);
+            }
+            // The defaults must pass the check that they are used to document.
+            backbone.recommender(&defaults).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_unknown_model_is_named_with_the_nearest_one() {
+        let error = find("lightgnc").err().unwrap();
+        assert_eq!(error.fault.exit_code(), 78);
+        assert!(error.message.contains("`lightgnc`"));
+        assert!(error.help.unwrap().contains("`lightgcn`"));
+    }
+}

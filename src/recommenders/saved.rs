@@ -1,0 +1,341 @@
+//! A fitted model as files in standard formats, and back.
+//!
+//! In: a [`TrainedModel`]. Out: `model.json` (which backbone, its hyper-parameters, sizes, what it was
+//! fitted on) and `model.safetensors` (the backbone's tensors and the ids). Tensors: those of
+//! [`Scorer::tensors`], f32, and for users and items each either `user_ids` (I64 `[users]`) or, for string
+//! ids, `user_ids` (U8, the ids' UTF-8 one after another) with `user_ids.offsets` (I64 `[users + 1]`).
+//! Index `n` of a table belongs to id `n`; ids are sorted and distinct.
+//!
+//! A file that is cut short, damaged or of another kind is refused with exit 65; lengths are
+//! checked before anything is allocated (by the safetensors reader, against the file's size).
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+
+use super::{Scorer, registry};
+use crate::error::{Error, Result};
+use crate::interactions::IdMap;
+use crate::tables::IdColumn;
+
+/// The weights and ids.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
+/// What the weights are.
+pub const CARD_FILE: &str = "model.json";
+/// `format` of `model.json`.
+const FORMAT: &str = "tailfuse-recommender";
+/// `version` of `model.json` that this code writes and reads.
+const VERSION: u32 = 1;
+
+/// A named f32 tensor, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NamedTensor {
+    /// Its name in the safetensors file.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Product of `shape` values.
+    pub values: Vec<f32>,
+}
+
+impl NamedTensor {
+    /// From its parts.
+    ///
+    /// # Panics
+    /// When the number of values is not the product of the shape (our bug).
+    pub fn new(name: &str, shape: Vec<usize>, values: Vec<f32>) -> Self {
+        assert_eq!(shape.iter().product::<usize>(), values.len(), "tensor `{name}` does not have its shape");
+        NamedTensor { name: name.to_owned(), shape, values }
+    }
+}
+
+/// The tensors of a saved model by name.
+pub struct Tensors(BTreeMap<String, NamedTensor>);
+
+impl Tensors {
+    /// From tensors with distinct names.
+    pub fn new(tensors: Vec<NamedTensor>) -> Self {
+        Tensors(tensors.into_iter().map(|t| (t.name.clone(), t)).collect())
+    }
+
+    /// The tensor of that name.
+    ///
+    /// # Errors
+    /// There is none (exit 65).
+    pub fn get(&self, name: &str) -> Result<&NamedTensor> {
+        self.0.get(name).ok_or_else(|| damaged(WEIGHTS_FILE, format!("it has no tensor `{name}`")))
+    }
+}
+
+/// `model.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelCard {
+    /// Always `tailfuse-recommender`.
+    pub format: String,
+    /// Version of this format.
+    pub version: u32,
+    /// Name of the backbone in the registry.
+    pub model: String,
+    /// Its hyper-parameters in full.
+    pub hyper: serde_json::Value,
+    /// Number of users.
+    pub users: usize,
+    /// Number of items.
+    pub items: usize,
+    /// `train`: the weights have not seen the validation items.
+    pub weights_fit_on: String,
+    /// The epoch that the weights come from.
+    pub best_epoch: usize,
+    /// Seed of the fit.
+    pub seed: u64,
+}
+
+/// A fitted model with the ids that its indices stand for.
+pub struct TrainedModel {
+    /// What it is.
+    pub card: ModelCard,
+    /// User ids by index.
+    pub users: IdMap,
+    /// Item ids by index.
+    pub items: IdMap,
+    /// The model.
+    pub scorer: Box<dyn Scorer>,
+}
+
+impl ModelCard {
+    /// A card for weights that were fitted on train.
+    pub fn new(model: &str, hyper: serde_json::Value, users: usize, items: usize) -> Self {
+        ModelCard {
+            format: FORMAT.to_owned(),
+            version: VERSION,
+            model: model.to_owned(),
+            hyper,
+            users,
+            items,
+            weights_fit_on: "train".to_owned(),
+            best_epoch: 0,
+            seed: 0,
+        }
+    }
+}
+
+impl TrainedModel {
+    /// The model as named files; the same model gives the same bytes.
+    ///
+    /// # Errors
+    /// Only our bugs.
+    pub fn to_files(&self) -> Result<BTreeMap<String, Bytes>> {
+        let mut raw: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+        for t in self.scorer.tensors() {
+            raw.push((t.name, Dtype::F32, t.shape, le_bytes(&t.values, |v| v.to_le_bytes())));
+        }
+        for (name, map) in [("user_ids", &self.users), ("item_ids", &self.items)] {
+            match map.ids() {
+                IdColumn::Int(ids) => {
+                    raw.push((name.to_owned(), Dtype::I64, vec![ids.len()], le_bytes(ids, |v| v.to_le_bytes())));
+                }
+                IdColumn::Str(ids) => {
+                    let mut offsets = vec![0i64];
+                    let mut text = Vec::new();
+                    for id in ids {
+                        text.extend_from_slice(id.as_bytes());
+                        offsets.push(text.len() as i64);
+                    }
+                    let places = le_bytes(&offsets, |v| v.to_le_bytes());
+                    raw.push((name.to_owned(), Dtype::U8, vec![text.len()], text));
+                    raw.push((format!("{name}.offsets"), Dtype::I64, vec![offsets.len()], places));
+                }
+            }
+        }
+        let views = raw
+            .iter()
+            .map(|(name, dtype, shape, bytes)| Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?)))
+            .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
+        let weights = views
+            .and_then(|views| safetensors::serialize(views, None))
+            .map_err(|e| Error::internal("the model cannot be written as safetensors").because(e))?;
+        let card = serde_json::to_vec_pretty(&self.card)
+            .map_err(|e| Error::internal("the model card cannot be written as JSON").because(e))?;
+        Ok(BTreeMap::from([(CARD_FILE.to_owned(), Bytes::from(card)), (WEIGHTS_FILE.to_owned(), Bytes::from(weights))]))
+    }
+
+    /// The model that [`TrainedModel::to_files`] wrote.
+    ///
+    /// # Errors
+    /// A file is missing, damaged, or fits neither the other nor this program (exit 65).
+    pub fn from_files(files: &BTreeMap<String, Bytes>) -> Result<Self> {
+        let file = |name: &str| files.get(name).ok_or_else(|| damaged(name, "it is missing".to_owned()));
+        let card: ModelCard = serde_json::from_slice(file(CARD_FILE)?)
+            .map_err(|e| damaged(CARD_FILE, format!("it is no model card: {e}")))?;
+        if card.format != FORMAT || card.version != VERSION {
+            let found = format!("it has format `{}`, version {}", card.format, card.version);
+            return Err(damaged(CARD_FILE, format!("{found}; `{FORMAT}`, version {VERSION} is wanted")));
+        }
+        let backbone = registry::find(&card.model)
+            .map_err(|e| damaged(CARD_FILE, format!("{}; this program may be older than the model", e.message)))?;
+        let weights = SafeTensors::deserialize(file(WEIGHTS_FILE)?)
+            .map_err(|e| damaged(WEIGHTS_FILE, format!("it is no safetensors file: {e}")))?;
+        let users = read_ids(&weights, "user_ids")?;
+        let items = read_ids(&weights, "item_ids")?;
+        let mut tensors = Vec::new();
+        for (name, view) in weights.tensors() {
+            if view.dtype() == Dtype::F32 {
+                let values =
+                    view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+                tensors.push(NamedTensor { name, shape: view.shape().to_vec(), values });
+            }
+        }
+        let scorer = (backbone.load)(&Tensors::new(tensors)).map_err(|e| e.at(WEIGHTS_FILE))?;
+        let sizes = [(users.len(), card.users, scorer.n_users()), (items.len(), card.items, scorer.n_items())];
+        if sizes.iter().any(|&(ids, card, rows)| ids != card || ids != rows) {
+            let told = format!("ids, card and weights disagree about the number of users and items: {sizes:?}");
+            return Err(damaged(WEIGHTS_FILE, told));
+        }
+        Ok(TrainedModel { card, users, items, scorer })
+    }
+}
+
+fn le_bytes<T: Copy, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u8; N]) -> Vec<u8> {
+    values.iter().flat_map(|&v| bytes(v)).collect()
+}
+
+fn damaged(file: &str, what: String) -> Error {
+    Error::data(format!("the model's `{file}` cannot be used: {what}"))
+        .with_help("run the stage that makes it again: `tailfuse run PIPELINE --from STAGE`")
+}
+
+fn read_ids(weights: &SafeTensors<'_>, name: &str) -> Result<IdMap> {
+    let tensor =
+        |name: &str| weights.tensor(name).map_err(|_| damaged(WEIGHTS_FILE, format!("it has no tensor `{name}`")));
+    let wrong = |why: &str| damaged(WEIGHTS_FILE, format!("tensor `{name}`: {why}"));
+    let i64s = |view: &TensorView<'_>| -> Vec<i64> {
+        view.data()
+            .chunks_exact(8)
+            .map(|b| i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]))
+            .collect()
+    };
+    let ids = tensor(name)?;
+    let column = match ids.dtype() {
+        Dtype::I64 => IdColumn::Int(i64s(&ids)),
+        Dtype::U8 => {
+            let offsets = tensor(&format!("{name}.offsets"))?;
+            if offsets.dtype() != Dtype::I64 {
+                return Err(wrong("its offsets are not I64"));
+            }
+            let text = std::str::from_utf8(ids.data()).map_err(|_| wrong("it is not UTF-8"))?;
+            let offsets = i64s(&offsets);
+            let mut strings = Vec::with_capacity(offsets.len());
+            for pair in offsets.windows(2) {
+                let range = usize::try_from(pair[0]).ok().zip(usize::try_from(pair[1]).ok());
+                let id = range.and_then(|(from, to)| text.get(from..to)).ok_or_else(|| wrong("bad offsets"))?;
+                strings.push(id.to_owned());
+            }
+            if offsets.first() != Some(&0) || offsets.last().copied() != i64::try_from(text.len()).ok() {
+                return Err(wrong("its offsets do not cover it"));
+            }
+            IdColumn::Str(strings)
+        }
+        other => return Err(wrong(&format!("it has type {other:?}; I64 or U8 is wanted"))),
+    };
+    let map = IdMap::new(&[&column])?;
+    match *map.ids() == column {
+        true => Ok(map),
+        false => Err(wrong("the ids are not sorted and distinct")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::embedding_scorer::EmbeddingScorer;
+    use super::*;
+
+    fn model(users: IdColumn, items: IdColumn) -> TrainedModel {
+        let (u, i) = (users.len(), items.len());
+        let values = |n: usize| (0..n).map(|x| (x as f32 * 0.3).sin()).collect::<Vec<f32>>();
+        let scorer = EmbeddingScorer::new(u, i, 3, values((u + i) * 3), values((u + i) * 3));
+        TrainedModel {
+            card: ModelCard::new("mf", serde_json::json!({"embedding_dim": 3}), u, i),
+            users: IdMap::new(&[&users]).unwrap(),
+            items: IdMap::new(&[&items]).unwrap(),
+            scorer: Box::new(scorer),
+        }
+    }
+
+    fn strings(ids: &[&str]) -> IdColumn {
+        IdColumn::Str(ids.iter().map(|s| (*s).to_owned()).collect())
+    }
+
+    #[test]
+    fn files_give_the_same_model_and_the_same_bytes() {
+        for (users, items) in [
+            (IdColumn::Int(vec![-5, 2, 900]), IdColumn::Int(vec![1, 7])),
+            (strings(&["", "a", "bücher"]), strings(&["x"])),
+            (strings(&["u"]), IdColumn::Int(vec![3])),
+            (IdColumn::Int(vec![]), strings(&[])),
+        ] {
+            let saved = model(users.clone(), items.clone());
+            let files = saved.to_files().unwrap();
+            let loaded = TrainedModel::from_files(&files).unwrap();
+            assert_eq!(loaded.card, saved.card);
+            assert_eq!((loaded.users.ids(), loaded.items.ids()), (&users, &items));
+            assert_eq!(loaded.scorer.tensors(), saved.scorer.tensors());
+            assert_eq!(loaded.to_files().unwrap(), files);
+        }
+    }
+
+    #[test]
+    fn a_file_cut_anywhere_is_refused_by_name() {
+        let files = model(strings(&["a", "b"]), IdColumn::Int(vec![1])).to_files().unwrap();
+        for name in [CARD_FILE, WEIGHTS_FILE] {
+            for length in 0..files[name].len() {
+                let mut cut = files.clone();
+                cut.insert(name.to_owned(), files[name].slice(..length));
+                let error = TrainedModel::from_files(&cut).err().expect("a cut file must be refused");
+                assert_eq!(error.fault.exit_code(), 65);
+                assert!(error.message.contains(name), "{error}");
+            }
+            let mut less = files.clone();
+            less.remove(name);
+            assert!(TrainedModel::from_files(&less).err().unwrap().message.contains(name));
+        }
+    }
+
+    #[test]
+    fn a_length_beyond_the_file_is_refused_before_anything_is_allocated() {
+        let mut files = model(IdColumn::Int(vec![1]), IdColumn::Int(vec![1])).to_files().unwrap();
+        let mut bytes = files[WEIGHTS_FILE].to_vec();
+        bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+        files.insert(WEIGHTS_FILE.to_owned(), bytes.into());
+        assert_eq!(TrainedModel::from_files(&files).err().unwrap().fault.exit_code(), 65);
+    }
+
+    #[test]
+    fn a_card_that_does_not_fit_the_weights_is_refused() {
+        let edit = |key: &str, value: serde_json::Value| {
+            let mut files = model(IdColumn::Int(vec![1, 2]), IdColumn::Int(vec![1])).to_files().unwrap();
+            let mut card: serde_json::Value = serde_json::from_slice(&files[CARD_FILE]).unwrap();
+            card[key] = value;
+            files.insert(CARD_FILE.to_owned(), serde_json::to_vec(&card).unwrap().into());
+            TrainedModel::from_files(&files).err().map(|e| (e.fault.exit_code(), e.message))
+        };
+        assert_eq!(edit("seed", 1.into()), None);
+        assert!(edit("users", 3.into()).is_some_and(|(code, m)| code == 65 && m.contains("disagree")));
+        assert!(edit("model", "nothing".into()).is_some_and(|(code, m)| code == 65 && m.contains("`nothing`")));
+        assert!(edit("version", 9.into()).is_some_and(|(code, m)| code == 65 && m.contains("version 9")));
+        assert!(edit("format", "x".into()).is_some_and(|(code, _)| code == 65));
+    }
+
+    #[test]
+    fn ids_out_of_order_are_refused() {
+        let mut files = model(IdColumn::Int(vec![1, 2]), IdColumn::Int(vec![1])).to_files().unwrap();
+        let mut bytes = files[WEIGHTS_FILE].to_vec();
+        let (one, two) = (1i64.to_le_bytes(), 2i64.to_le_bytes());
+        let pair: Vec<u8> = one.iter().chain(&two).copied().collect();
+        let at = bytes.windows(16).position(|w| w == pair.as_slice()).unwrap();
+        bytes[at..at + 16].copy_from_slice(&two.iter().chain(&one).copied().collect::<Vec<u8>>());
+        files.insert(WEIGHTS_FILE.to_owned(), bytes.into());
+        assert!(TrainedModel::from_files(&files).err().unwrap().message.contains("sorted"));
+    }
+}

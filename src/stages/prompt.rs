@@ -1,0 +1,848 @@
+//! `prompt`: shortlists, histories and titles -> the messages that the LLM is asked.
+//!
+//! In: `shortlist`, `history`, `items`, perhaps `neighbours`. Out: `prompts`, one row per user and
+//! permutation, and `skipped`, one row per user without a prompt, with the reason. The text is made in
+//! [`crate::prompts`]; here tables become titles and prompts become tables.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, Int32Array, ListArray, StringArray};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::Field;
+use async_trait::async_trait;
+use rayon::prelude::*;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::context::{InputSlot, Observer, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What};
+use super::registry::StageKind;
+use crate::columns::{
+    CANDIDATE_TITLES, CANDIDATES, HISTORY_SHOWN, ITEM_ID, NEIGHBOUR_ID, PERMUTATION, POSITION, PROMPT, PROMPT_DIGEST,
+    PROMPT_TOKENS, RANK, REASON, REC_RANK, SYSTEM, TITLE, TITLES_TRIMMED, USER_ID,
+};
+use crate::error::{Error, Result};
+use crate::interactions::{Histories, IdMap};
+use crate::llm::{ChatTokenizer, Message};
+use crate::prompts::templates::{TOPK_SYSTEM, TOPK_USER};
+use crate::prompts::topk::prompts_of;
+use crate::prompts::{
+    Budget, CandidateOrder, CandidateStyle, Templates, TopkOptions, TopkPrompt, UserCase, clean_title,
+};
+use crate::stages::context::Cancel;
+use crate::tables::{IdColumn, Table};
+
+/// `kind = "prompt"`.
+pub const KIND: StageKind = StageKind {
+    name: "prompt",
+    version: 1,
+    about: "Writes the prompt of each user: history, candidates, a similar user's history, the recommender's prediction.",
+    sample: "shortlist = \"shortlist\"\nhistory = \"parts.history\"\nitems = \"items\"\nmodel = \"smollm2-135m-instruct\"\n",
+    schema: || schemars::schema_for!(PromptConfig),
+    resolve,
+};
+
+/// Users between two looks at the stop request and the progress.
+const BLOCK: usize = 256;
+
+/// Writes the prompts of a shortlist: instruction, interaction history, candidates, a similar user's history,
+/// the recommender's prediction, output (arXiv 2401.13870, section 4.3).
+///
+/// A user gets no prompt, and a row in `skipped`, without any known interaction (`cold_user`), with fewer than two
+/// candidates that have a title, or with no title in the history (`no_title`).
+///
+/// Counters: `users` (with a shortlist, and in `users` where given), `prompts`, `skipped_no_title`, `skipped_cold_user`,
+/// `candidates_without_title`, `history_without_title` and, among these, `history_not_in_item_table` (rows of those
+/// users), `item_table_repeats` (rows of an item that an earlier row has, ignored), `prompts_trimmed` and `titles_trimmed`
+/// (for the token budget), `prompt_tokens` (sum) and `prompt_tokens_max`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PromptConfig {
+    /// The recommender's shortlists: `user_id`, `item_id`, `rec_rank`.
+    pub shortlist: String,
+    /// What is known of each user: `user_id`, `item_id`, `position`. Take `history` of a `split` stage to rank
+    /// test items, `train` to rank validation items.
+    pub history: String,
+    /// The item table: `item_id`, `title`. Items that it lacks, or whose title is null or empty, are not shown to the LLM.
+    pub items: String,
+    /// Similar users, of a `similar` stage: `user_id`, `neighbour_id`, `rank`. The most similar one with a title
+    /// in the history is shown. Without this input the field is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub neighbours: Option<String>,
+    /// The similar users' interactions: `user_id`, `item_id`, `position`. `history` by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub neighbour_history: Option<String>,
+    /// Only users who occur in this table's `user_id` get a prompt, for instance `valid` of a `split` stage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub users: Option<String>,
+    /// The LLM (catalogue name or path) whose tokenizer counts and whose context bounds the prompt.
+    pub model: String,
+    /// Titles of the user's history at most, the latest ones; default 30.
+    #[serde(default = "default_history_items")]
+    #[schemars(range(min = 1))]
+    pub history_items: usize,
+    /// Titles of the similar user's history at most, the latest ones; default 10, 0 leaves the field out.
+    #[serde(default = "default_similar_items")]
+    pub similar_items: usize,
+    /// Titles of the recommender's prediction, its best ones; default 5, 0 leaves the field out.
+    #[serde(default = "default_prediction_items")]
+    pub prediction_items: usize,
+    /// How candidates are listed: `letters` for `mode = "label"` (the default), `titles` for `likelihood` and `generate`.
+    #[serde(default)]
+    pub candidate_style: CandidateStyle,
+    /// Prompts per user, each with another order of the candidates; default 1.
+    #[serde(default = "default_permutations")]
+    #[schemars(range(min = 1, max = 100))]
+    pub permutations: u32,
+    /// Order of the candidates in a user's first prompt: `shuffled` (default) or `recommender`. All later
+    /// permutations are shuffled. Shuffles depend on the seed and the user's id.
+    #[serde(default)]
+    pub order: CandidateOrder,
+    /// What the items are, in the plural, as the instruction calls them; default `items`.
+    #[serde(default = "default_noun")]
+    pub noun: String,
+    /// File of the system message's template, relative to the pipeline's `root`; prompts/topk.system.jinja by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system_template: Option<String>,
+    /// File of the user message's template, relative to the pipeline's `root`; prompts/topk.user.jinja by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_template: Option<String>,
+    /// Tokens of a prompt at most, chat template included; the model's context less `answer_tokens` by default.
+    /// Longer prompts lose the oldest titles of the history, then those of the similar user's, never a candidate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub max_tokens: Option<usize>,
+    /// Tokens of the context that stay free for the answer; default 64.
+    #[serde(default = "default_answer_tokens")]
+    pub answer_tokens: usize,
+    /// Characters of a title at most; longer ones are cut; default 120.
+    #[serde(default = "default_max_title_chars")]
+    #[schemars(range(min = 8))]
+    pub max_title_chars: usize,
+}
+
+fn default_history_items() -> usize {
+    30
+}
+fn default_similar_items() -> usize {
+    10
+}
+fn default_prediction_items() -> usize {
+    5
+}
+fn default_permutations() -> u32 {
+    1
+}
+fn default_noun() -> String {
+    "items".to_owned()
+}
+fn default_answer_tokens() -> usize {
+    64
+}
+fn default_max_title_chars() -> usize {
+    120
+}
+
+struct PromptStage {
+    config: PromptConfig,
+    system_template: String,
+    user_template: String,
+}
+
+fn resolve(config: Value, ctx: &ResolveContext<'_>) -> Result<Box<dyn Stage>> {
+    let config: PromptConfig =
+        serde_json::from_value(config).map_err(|e| Error::spec("the config of a `prompt` stage").because(e))?;
+    for (key, value, least) in [
+        ("history_items", config.history_items, 1),
+        ("permutations", config.permutations as usize, 1),
+        ("max_tokens", config.max_tokens.unwrap_or(1), 1),
+        ("max_title_chars", config.max_title_chars, 8),
+    ] {
+        if value < least {
+            return Err(Error::spec(format!("`{key}` is {value}; it must be at least {least}")));
+        }
+    }
+    if config.neighbour_history.is_some() && config.neighbours.is_none() {
+        return Err(Error::spec("`neighbour_history` is read with `neighbours` only")
+            .with_help("name the output of a `similar` stage in `neighbours`, or remove the key"));
+    }
+    let system_template = template("system_template", &config.system_template, TOPK_SYSTEM, ctx.root)?;
+    let user_template = template("user_template", &config.user_template, TOPK_USER, ctx.root)?;
+    Templates::new(&system_template, &user_template)?;
+    Ok(Box::new(PromptStage { config, system_template, user_template }))
+}
+
+fn template(key: &str, file: &Option<String>, built_in: &str, root: &Path) -> Result<String> {
+    match file {
+        None => Ok(built_in.to_owned()),
+        Some(file) => fs_err::read_to_string(root.join(file))
+            .map_err(|e| Error::spec(format!("`{key}` cannot be read")).because(e)),
+    }
+}
+
+#[async_trait]
+impl Stage for PromptStage {
+    fn inputs(&self) -> Vec<InputSlot> {
+        let c = &self.config;
+        let mut inputs = vec![
+            InputSlot::table("shortlist", &c.shortlist, &[USER_ID, ITEM_ID, REC_RANK]),
+            InputSlot::table("history", &c.history, &[USER_ID, ITEM_ID, POSITION]),
+            InputSlot::table("items", &c.items, &[ITEM_ID, TITLE]),
+        ];
+        if let Some(reference) = &c.neighbours {
+            inputs.push(InputSlot::table("neighbours", reference, &[USER_ID, NEIGHBOUR_ID, RANK]));
+        }
+        if let Some(reference) = &c.neighbour_history {
+            inputs.push(InputSlot::table("neighbour_history", reference, &[USER_ID, ITEM_ID, POSITION]));
+        }
+        if let Some(reference) = &c.users {
+            inputs.push(InputSlot::table("users", reference, &[USER_ID]));
+        }
+        inputs
+    }
+
+    fn outputs(&self) -> Vec<OutputSlot> {
+        let table = |name, about| OutputSlot { name, what: What::Table, about };
+        vec![
+            table("prompts", "One row per user and permutation: the messages, the candidates as shown, token counts."),
+            table("skipped", "Users without a prompt: `user_id`, `reason` (`no_title`, `cold_user`)."),
+        ]
+    }
+
+    fn identity(&self) -> Value {
+        let mut identity = serde_json::to_value(&self.config).unwrap_or_default();
+        identity["system_template"] = self.system_template.clone().into();
+        identity["user_template"] = self.user_template.clone().into();
+        identity
+    }
+
+    fn models(&self) -> Vec<String> {
+        vec![self.config.model.clone()]
+    }
+
+    async fn run(&self, ctx: &StageContext) -> Result<StageResult> {
+        let tables = Tables {
+            shortlist: ctx.collect("shortlist").await?,
+            history: ctx.collect("history").await?,
+            items: ctx.collect("items").await?,
+            neighbours: ctx.collect_opt("neighbours").await?,
+            neighbour_history: ctx.collect_opt("neighbour_history").await?,
+            users: ctx.collect_opt("users").await?,
+        };
+        let model = ctx.model(&self.config.model)?.path.clone();
+        let templates = Templates::new(&self.system_template, &self.user_template)?;
+        let (config, seed) = (self.config.clone(), ctx.seed);
+        let (observer, cancel) = (ctx.observer.clone(), ctx.cancel.clone());
+        tokio::task::spawn_blocking(move || {
+            let tokenizer = ChatTokenizer::open(&model)?;
+            let count = |messages: &[Message]| Ok(tokenizer.encode_chat(messages)?.len());
+            let writer = Writer::new(&config, seed, templates, tokenizer.context_length(), &count)?;
+            let cases = Cases::new(&tables, config.max_title_chars)?;
+            write_all(&writer, &cases, observer.as_ref(), &cancel)
+        })
+        .await?
+    }
+}
+
+/// The inputs in memory.
+struct Tables {
+    shortlist: Table,
+    history: Table,
+    items: Table,
+    neighbours: Option<Table>,
+    neighbour_history: Option<Table>,
+    users: Option<Table>,
+}
+
+/// Counts the tokens of a chat.
+type CountChat<'a> = dyn Fn(&[Message]) -> Result<usize> + Sync + 'a;
+
+/// Turns one user's titles into prompts.
+struct Writer<'a> {
+    options: TopkOptions,
+    templates: Templates,
+    system: String,
+    count: &'a CountChat<'a>,
+}
+
+impl<'a> Writer<'a> {
+    fn new(
+        config: &PromptConfig,
+        seed: u64,
+        templates: Templates,
+        context: usize,
+        count: &'a CountChat<'a>,
+    ) -> Result<Self> {
+        let options = TopkOptions {
+            noun: config.noun.clone(),
+            style: config.candidate_style,
+            history_items: config.history_items,
+            similar_items: config.similar_items,
+            prediction_items: config.prediction_items,
+            permutations: config.permutations,
+            order: config.order,
+            seed,
+            budget: Budget { context, answer: config.answer_tokens, max_tokens: config.max_tokens },
+        };
+        let system = templates.system(&options.noun, options.style)?;
+        Ok(Writer { options, templates, system, count })
+    }
+
+    fn messages(&self, user_message: &str) -> [Message; 2] {
+        [Message::new("system", self.system.as_str()), Message::new("user", user_message)]
+    }
+
+    fn write(&self, case: &UserCase<'_>) -> Result<Vec<TopkPrompt>> {
+        prompts_of(case, &self.options, &self.templates, &|text| (self.count)(&self.messages(text)))
+    }
+
+    /// sha256 (hex) over role and content of each message, as the JSON `[[role, content], ...]`.
+    fn digest(&self, user_message: &str) -> String {
+        let pairs = self.messages(user_message).map(|m| [m.role, m.content]);
+        let json = Value::from(pairs.map(|pair| Value::from(pair.to_vec())).to_vec()).to_string();
+        Sha256::digest(json.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// All users with their items and titles, by dense index.
+struct Cases {
+    users: IdMap,
+    items: IdMap,
+    /// `[items]`: the clean title, where there is one.
+    titles: Vec<Option<String>>,
+    /// Users to write for, ascending.
+    asked: Vec<u32>,
+    /// Best first.
+    shortlists: Histories,
+    /// Oldest first.
+    histories: Histories,
+    neighbour_histories: Option<Histories>,
+    /// Most similar first.
+    neighbours: Option<Histories>,
+    /// Items of the item table.
+    known: Vec<bool>,
+    /// Rows of the item table whose item an earlier row has.
+    repeated_items: usize,
+}
+
+impl Cases {
+    fn new(tables: &Tables, max_title_chars: usize) -> Result<Self> {
+        let shortlist = (tables.shortlist.ids(USER_ID)?, tables.shortlist.ids(ITEM_ID)?);
+        let history = (tables.history.ids(USER_ID)?, tables.history.ids(ITEM_ID)?);
+        let theirs = match &tables.neighbour_history {
+            Some(t) => Some((t.ids(USER_ID)?, t.ids(ITEM_ID)?)),
+            None => None,
+        };
+        let pairs = match &tables.neighbours {
+            Some(t) => Some((t.ids(USER_ID)?, t.ids(NEIGHBOUR_ID)?)),
+            None => None,
+        };
+        let only = tables.users.as_ref().map(|t| t.ids(USER_ID)).transpose()?;
+        let item_ids = tables.items.ids(ITEM_ID)?;
+
+        let (mut all_users, mut all_items) =
+            (vec![&shortlist.0, &history.0], vec![&shortlist.1, &history.1, &item_ids]);
+        if let Some((users, items)) = &theirs {
+            all_users.push(users);
+            all_items.push(items);
+        }
+        if let Some((users, neighbours)) = &pairs {
+            all_users.extend([users, neighbours]);
+        }
+        all_users.extend(&only);
+        let users = IdMap::new(&all_users).map_err(|e| e.at(format!("column `{USER_ID}`")))?;
+        let items = IdMap::new(&all_items).map_err(|e| e.at(format!("column `{ITEM_ID}`")))?;
+
+        let mut titles = vec![None; items.len()];
+        let mut known = vec![false; items.len()];
+        let mut repeated_items = 0;
+        for (item, title) in items.encode(&item_ids).into_iter().flatten().zip(tables.items.strings(TITLE)?) {
+            let item = item as usize;
+            repeated_items += usize::from(known[item]);
+            if !std::mem::replace(&mut known[item], true) {
+                titles[item] = title.and_then(|t| clean_title(&t, max_title_chars));
+            }
+        }
+
+        let grouped = |left: Vec<Option<u32>>, right: Vec<Option<u32>>, order: Vec<i32>| {
+            let mut rows: Vec<(u32, i32, u32)> = left
+                .into_iter()
+                .flatten()
+                .zip(order)
+                .zip(right.into_iter().flatten())
+                .map(|((l, o), r)| (l, o, r))
+                .collect();
+            rows.sort_unstable();
+            let pairs: Vec<(u32, u32)> = rows.into_iter().map(|(l, _, r)| (l, r)).collect();
+            Histories::from_pairs(users.len(), &pairs)
+        };
+        let by_position = |table: &Table, ids: &(IdColumn, IdColumn)| -> Result<Histories> {
+            Ok(grouped(users.encode(&ids.0), items.encode(&ids.1), table.i32s(POSITION)?))
+        };
+        let shortlists =
+            grouped(users.encode(&shortlist.0), items.encode(&shortlist.1), tables.shortlist.i32s(REC_RANK)?);
+        let histories = by_position(&tables.history, &history)?;
+        let neighbour_histories = match (&tables.neighbour_history, &theirs) {
+            (Some(table), Some(ids)) => Some(by_position(table, ids)?),
+            _ => None,
+        };
+        let neighbours = match (&tables.neighbours, &pairs) {
+            (Some(table), Some((of, who))) => Some(grouped(users.encode(of), users.encode(who), table.i32s(RANK)?)),
+            _ => None,
+        };
+        let wanted = only.map(|ids| {
+            let mut wanted = vec![false; users.len()];
+            users.encode(&ids).into_iter().flatten().for_each(|u| wanted[u as usize] = true);
+            wanted
+        });
+        let asked = (0..users.len() as u32)
+            .filter(|&u| !shortlists.of(u as usize).is_empty())
+            .filter(|&u| wanted.as_ref().is_none_or(|w| w[u as usize]))
+            .collect();
+        Ok(Cases {
+            users,
+            items,
+            titles,
+            asked,
+            shortlists,
+            histories,
+            neighbour_histories,
+            neighbours,
+            known,
+            repeated_items,
+        })
+    }
+
+    /// The titles of those items that have one.
+    fn titled(&self, items: &[u32]) -> Vec<&str> {
+        items.iter().filter_map(|&item| self.titles[item as usize].as_deref()).collect()
+    }
+
+    /// The history of the most similar user who has a titled item in it; empty where there is none.
+    /// It depends on nothing of `user` but the neighbours that the recommender's embeddings gave.
+    fn similar(&self, user: u32) -> Vec<&str> {
+        let Some(neighbours) = &self.neighbours else { return Vec::new() };
+        let histories = self.neighbour_histories.as_ref().unwrap_or(&self.histories);
+        let of = neighbours.of(user as usize).iter().filter(|&&neighbour| neighbour != user);
+        of.map(|&neighbour| self.titled(histories.of(neighbour as usize))).find(|t| !t.is_empty()).unwrap_or_default()
+    }
+}
+
+/// What came of one user.
+enum Outcome {
+    Skipped { user: u32, reason: &'static str },
+    Written { user: u32, candidates: Vec<u32>, prompts: Vec<TopkPrompt> },
+}
+
+fn write_one(writer: &Writer<'_>, cases: &Cases, user: u32) -> Result<Outcome> {
+    let history = cases.histories.of(user as usize);
+    if history.is_empty() {
+        return Ok(Outcome::Skipped { user, reason: "cold_user" });
+    }
+    let candidates: Vec<u32> = (cases.shortlists.of(user as usize).iter().copied())
+        .filter(|&item| cases.titles[item as usize].is_some())
+        .collect();
+    let history = cases.titled(history);
+    if candidates.len() < 2 || history.is_empty() {
+        return Ok(Outcome::Skipped { user, reason: "no_title" });
+    }
+    let prompts = writer.write(&UserCase {
+        user: &cases.users.ids().get(user as usize),
+        shortlist: &cases.titled(&candidates),
+        history: &history,
+        similar: &cases.similar(user),
+    })?;
+    Ok(Outcome::Written { user, candidates, prompts })
+}
+
+fn write_all(writer: &Writer<'_>, cases: &Cases, observer: &dyn Observer, cancel: &Cancel) -> Result<StageResult> {
+    observer.begin("users", cases.asked.len() as u64);
+    let mut outcomes = Vec::with_capacity(cases.asked.len());
+    for block in cases.asked.chunks(BLOCK) {
+        cancel.check()?;
+        // Collected before looking at errors, so that the first user's is reported on any number of threads.
+        let written: Vec<Result<Outcome>> = block.par_iter().map(|&user| write_one(writer, cases, user)).collect();
+        for outcome in written {
+            outcomes.push(outcome?);
+        }
+        observer.advance(block.len() as u64);
+    }
+    let result = StageResult::default()
+        .with_table("prompts", prompts_table(writer, cases, &outcomes)?)
+        .with_table("skipped", skipped_table(cases, &outcomes)?);
+    Ok(with_counters(result, cases, &outcomes))
+}
+
+fn prompts_table(writer: &Writer<'_>, cases: &Cases, outcomes: &[Outcome]) -> Result<Table> {
+    let rows: Vec<(u32, &[u32], &TopkPrompt)> = outcomes
+        .iter()
+        .flat_map(|outcome| match outcome {
+            Outcome::Skipped { .. } => Vec::new(),
+            Outcome::Written { user, candidates, prompts } => {
+                prompts.iter().map(|p| (*user, candidates.as_slice(), p)).collect()
+            }
+        })
+        .collect();
+    let ints = |f: &dyn Fn(&TopkPrompt) -> usize| -> ArrayRef {
+        Arc::new(rows.iter().map(|(_, _, p)| f(p) as i32).collect::<Int32Array>())
+    };
+    let shown: Vec<u32> =
+        rows.iter().flat_map(|(_, candidates, p)| p.order.iter().map(|&place| candidates[place])).collect();
+    let lists = |values: ArrayRef| -> Result<ArrayRef> {
+        let field = Arc::new(Field::new_list_field(values.data_type().clone(), false));
+        let offsets = OffsetBuffer::from_lengths(rows.iter().map(|(_, _, p)| p.order.len()));
+        Ok(Arc::new(ListArray::try_new(field, offsets, values, None)?))
+    };
+    let digests: Vec<String> = rows.par_iter().map(|(_, _, p)| writer.digest(&p.text)).collect();
+    Table::from_columns(vec![
+        (USER_ID, cases.users.ids().take(rows.iter().map(|(user, ..)| *user as usize)).to_array(), false),
+        (PERMUTATION, ints(&|p| p.permutation as usize), false),
+        (SYSTEM, Arc::new(StringArray::from_iter_values(rows.iter().map(|_| &writer.system))), false),
+        (PROMPT, Arc::new(StringArray::from_iter_values(rows.iter().map(|(_, _, p)| &p.text))), false),
+        (CANDIDATES, lists(cases.items.ids().take(shown.iter().map(|&item| item as usize)).to_array())?, false),
+        (CANDIDATE_TITLES, lists(Arc::new(StringArray::from_iter_values(cases.titled(&shown))))?, false),
+        (PROMPT_TOKENS, ints(&|p| p.tokens), false),
+        (HISTORY_SHOWN, ints(&|p| p.history_shown), false),
+        (TITLES_TRIMMED, ints(&|p| p.titles_trimmed), false),
+        (PROMPT_DIGEST, Arc::new(StringArray::from_iter_values(digests)), false),
+    ])
+}
+
+fn skipped_table(cases: &Cases, outcomes: &[Outcome]) -> Result<Table> {
+    let rows: Vec<(u32, &str)> = outcomes
+        .iter()
+        .filter_map(|outcome| match outcome {
+            Outcome::Skipped { user, reason } => Some((*user, *reason)),
+            Outcome::Written { .. } => None,
+        })
+        .collect();
+    Table::from_columns(vec![
+        (USER_ID, cases.users.ids().take(rows.iter().map(|(user, _)| *user as usize)).to_array(), false),
+        (REASON, Arc::new(StringArray::from_iter_values(rows.iter().map(|(_, reason)| *reason))), false),
+    ])
+}
+
+fn with_counters(result: StageResult, cases: &Cases, outcomes: &[Outcome]) -> StageResult {
+    let skipped = |wanted: &str| {
+        outcomes.iter().filter(|o| matches!(o, Outcome::Skipped { reason, .. } if *reason == wanted)).count()
+    };
+    let prompts: Vec<&TopkPrompt> = outcomes
+        .iter()
+        .filter_map(|o| match o {
+            Outcome::Written { prompts, .. } => Some(prompts),
+            Outcome::Skipped { .. } => None,
+        })
+        .flatten()
+        .collect();
+    let of_asked = |rows: &Histories, test: &dyn Fn(usize) -> bool| -> usize {
+        cases.asked.iter().flat_map(|&user| rows.of(user as usize)).filter(|&&item| test(item as usize)).count()
+    };
+    let untitled = |item: usize| cases.titles[item].is_none();
+    let absent = |item: usize| !cases.known[item];
+    result
+        .with_counter("users", cases.asked.len())
+        .with_counter("prompts", prompts.len())
+        .with_counter("skipped_no_title", skipped("no_title"))
+        .with_counter("skipped_cold_user", skipped("cold_user"))
+        .with_counter("candidates_without_title", of_asked(&cases.shortlists, &untitled))
+        .with_counter("history_without_title", of_asked(&cases.histories, &untitled))
+        .with_counter("history_not_in_item_table", of_asked(&cases.histories, &absent))
+        .with_counter("item_table_repeats", cases.repeated_items)
+        .with_counter("prompts_trimmed", prompts.iter().filter(|p| p.titles_trimmed > 0).count())
+        .with_counter("titles_trimmed", prompts.iter().map(|p| p.titles_trimmed).sum::<usize>())
+        .with_counter("prompt_tokens", prompts.iter().map(|p| p.tokens).sum::<usize>())
+        .with_counter("prompt_tokens_max", prompts.iter().map(|p| p.tokens).max().unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use arrow::array::{AsArray, Int64Array};
+    use serde_json::json;
+
+    use super::super::context::OutputTable;
+    use super::super::split::split_table;
+    use super::*;
+    use crate::interactions::clean::tests::log;
+    use crate::interactions::split::{HistoryAtTest, Method, SplitRule};
+
+    struct Silent;
+    impl Observer for Silent {
+        fn begin(&self, _: &str, _: u64) {}
+        fn advance(&self, _: u64) {}
+        fn note(&self, _: &str) {}
+    }
+
+    fn resolved(config: Value) -> Result<Box<dyn Stage>> {
+        resolve(config, &ResolveContext { root: Path::new("/nowhere"), history_at_test: "train+valid" })
+    }
+
+    fn config(more: Value) -> PromptConfig {
+        let mut config = json!({ "shortlist": "s", "history": "h", "items": "i", "model": "m" });
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        serde_json::from_value(config).unwrap()
+    }
+
+    /// Words as tokens.
+    fn words(messages: &[Message]) -> Result<usize> {
+        Ok(messages.iter().map(|m| m.content.split_whitespace().count()).sum())
+    }
+
+    fn run(config: &PromptConfig, tables: &Tables) -> Result<StageResult> {
+        let templates = Templates::new(TOPK_SYSTEM, TOPK_USER)?;
+        let writer = Writer::new(config, 3, templates, 4096, &words)?;
+        write_all(&writer, &Cases::new(tables, config.max_title_chars)?, &Silent, &Cancel::default())
+    }
+
+    fn memory(mut result: StageResult, name: &str) -> Table {
+        match result.tables.remove(name) {
+            Some(OutputTable::Memory(table)) => table,
+            _ => panic!("{name} is no table in memory"),
+        }
+    }
+
+    /// A table of int64 columns.
+    fn ints(columns: &[(&str, &[i64])]) -> Table {
+        let column = |v: &[i64]| Arc::new(Int64Array::from(v.to_vec())) as ArrayRef;
+        Table::from_columns(columns.iter().map(|(name, v)| (*name, column(v), false)).collect()).unwrap()
+    }
+
+    fn item_table(rows: &[(i64, Option<&str>)]) -> Table {
+        Table::from_columns(vec![
+            (ITEM_ID, Arc::new(rows.iter().map(|r| r.0).collect::<Int64Array>()), false),
+            (TITLE, Arc::new(rows.iter().map(|r| r.1).collect::<StringArray>()), true),
+        ])
+        .unwrap()
+    }
+
+    fn prompts_by_user(table: &Table) -> BTreeMap<i64, String> {
+        let texts = table.strings(PROMPT).unwrap().into_iter().flatten();
+        table.i64s(USER_ID).unwrap().into_iter().zip(texts).collect()
+    }
+
+    fn line<'a>(prompt: &'a str, field: &str) -> Vec<&'a str> {
+        let found = prompt.lines().find_map(|l| l.strip_prefix(&format!("{field}: ")));
+        found.map(|titles| titles.split("; ").collect()).unwrap_or_default()
+    }
+
+    /// Users 1 and 2 are ordinary, 3 is cold, 4 has one titled candidate, 5 no titled history.
+    fn tables() -> Tables {
+        Tables {
+            shortlist: ints(&[
+                (USER_ID, &[2, 2, 2, 1, 1, 1, 3, 3, 4, 4, 5, 5]),
+                (ITEM_ID, &[10, 99, 11, 12, 11, 13, 10, 11, 10, 99, 10, 11]),
+                (REC_RANK, &[3, 1, 2, 1, 2, 3, 1, 2, 1, 2, 1, 2]),
+            ]),
+            history: ints(&[
+                (USER_ID, &[1, 1, 2, 2, 2, 4, 5]),
+                (ITEM_ID, &[20, 21, 20, 98, 22, 20, 97]),
+                (POSITION, &[1, 0, 0, 1, 2, 0, 0]),
+            ]),
+            items: item_table(&[
+                (10, Some("Ten")),
+                (11, Some(" El\neven")),
+                (12, Some("Twelve")),
+                (13, Some("Thirteen")),
+                (20, Some("Twenty")),
+                (21, Some("Twenty-one")),
+                (22, Some("Twenty-two")),
+                (98, None),
+                (97, Some(" \t")),
+                (10, Some("Ten again")),
+            ]),
+            neighbours: Some(ints(&[(USER_ID, &[1, 1, 2]), (NEIGHBOUR_ID, &[2, 5, 1]), (RANK, &[2, 1, 1])])),
+            neighbour_history: None,
+            users: None,
+        }
+    }
+
+    #[test]
+    fn titles_reasons_and_counts() {
+        let result = run(&config(json!({ "order": "recommender" })), &tables()).unwrap();
+        for (counter, value) in [
+            ("users", 5),
+            ("prompts", 2),
+            ("skipped_no_title", 2),
+            ("skipped_cold_user", 1),
+            ("candidates_without_title", 2),
+            ("history_without_title", 2),
+            ("history_not_in_item_table", 0),
+            ("item_table_repeats", 1),
+            ("titles_trimmed", 0),
+        ] {
+            assert_eq!(result.counters[counter], value, "{counter}");
+        }
+        assert_eq!(result.tables.len(), 2);
+        let prompts = memory(result, "prompts");
+        let texts = prompts_by_user(&prompts);
+        assert_eq!(texts.keys().copied().collect::<Vec<_>>(), [1, 2]);
+        // User 1's nearest neighbour is 5, who has no titled history; so the next one is shown.
+        insta::assert_snapshot!(texts[&1], @r#"
+        Instruction: The history lists items that a user has chosen, the latest last. Which of the candidates is the user most likely to choose next? Answer with its letter only.
+        Interaction History: Twenty-one; Twenty
+        Candidate Items:
+        A. Twelve
+        B. El even
+        C. Thirteen
+        Similar User Interaction History: Twenty; Twenty-two
+        Conventional Model Prediction: Twelve; El even; Thirteen
+        Output:
+        "#);
+        let lists = prompts.column(CANDIDATES).unwrap();
+        let second = lists.as_list::<i32>().value(1);
+        assert_eq!(second.as_primitive::<arrow::datatypes::Int64Type>().values(), &[11, 10]);
+        let titles = prompts.column(CANDIDATE_TITLES).unwrap();
+        let second = titles.as_list::<i32>().value(1);
+        assert_eq!(second.as_string::<i32>().iter().flatten().collect::<Vec<_>>(), ["El even", "Ten"]);
+        assert_eq!(prompts.i32s(HISTORY_SHOWN).unwrap(), [2, 2]);
+    }
+
+    #[test]
+    fn skipped_users_have_a_reason() {
+        let skipped = memory(run(&config(json!({})), &tables()).unwrap(), "skipped");
+        assert_eq!(skipped.i64s(USER_ID).unwrap(), [3, 4, 5]);
+        let reasons: Vec<String> = skipped.strings(REASON).unwrap().into_iter().flatten().collect();
+        assert_eq!(reasons, ["cold_user", "no_title", "no_title"]);
+    }
+
+    #[test]
+    fn users_can_be_chosen_and_nobody_is_fine() {
+        let chosen = Tables { users: Some(ints(&[(USER_ID, &[2, 77, 2])])), ..tables() };
+        let result = run(&config(json!({})), &chosen).unwrap();
+        assert_eq!(result.counters["users"], 1);
+        assert_eq!(memory(result, "prompts").i64s(USER_ID).unwrap(), [2]);
+        let nobody = Tables { users: Some(ints(&[(USER_ID, &[])])), ..tables() };
+        let prompts = memory(run(&config(json!({})), &nobody).unwrap(), "prompts");
+        assert_eq!((prompts.num_rows(), prompts.schema().fields().len()), (0, 10));
+    }
+
+    #[test]
+    fn permutations_come_in_order_with_one_digest_each() {
+        let prompts = memory(run(&config(json!({ "permutations": 3 })), &tables()).unwrap(), "prompts");
+        assert_eq!(prompts.i64s(USER_ID).unwrap(), [1, 1, 1, 2, 2, 2]);
+        assert_eq!(prompts.i32s(PERMUTATION).unwrap(), [0, 1, 2, 0, 1, 2]);
+        let text = |name: &str| -> Vec<String> { prompts.strings(name).unwrap().into_iter().flatten().collect() };
+        let (system, user, digests) = (text(SYSTEM), text(PROMPT), text(PROMPT_DIGEST));
+        for row in 0..6 {
+            let json = serde_json::to_string(&[["system", &system[row]], ["user", &user[row]]]).unwrap();
+            let digest = Sha256::digest(json.as_bytes());
+            let hex: String = digest.iter().map(|b| format!("{b:02x}")).collect();
+            assert_eq!(digests[row], hex);
+        }
+        assert_eq!(system.iter().collect::<BTreeSet<_>>().len(), 1);
+        // What comes before the history is the same for all users.
+        let head = |text: &str| text.split("Interaction History").next().unwrap().to_owned();
+        assert_eq!(user.iter().map(|t| head(t)).collect::<BTreeSet<_>>().len(), 1);
+    }
+
+    #[test]
+    fn nothing_held_out_is_shown_and_the_neighbour_is_not_filtered() {
+        // Six users with overlapping tastes, nine interactions each.
+        let rows: Vec<_> = (0..54).map(|r| (r % 6, (r / 6 * 5 + r % 6 * 10) % 60, 1., r)).collect();
+        let rule =
+            SplitRule { method: Method::LeaveOneOut, min_interactions: 3, history_at_test: HistoryAtTest::Train };
+        let by_user = |name: &str| {
+            let part = memory(split_table(&log(&rows), &rule, 0).unwrap(), name);
+            let mut of = BTreeMap::<i64, Vec<String>>::new();
+            for (user, item) in part.i64s(USER_ID).unwrap().into_iter().zip(part.i64s(ITEM_ID).unwrap()) {
+                of.entry(user).or_default().push(format!("Title {item}"));
+            }
+            (part, of)
+        };
+        let ((train, known), (_, valid), (_, test)) = (by_user("history"), by_user("valid"), by_user("test"));
+        let names: Vec<String> = (0..70).map(|i| format!("Title {i}")).collect();
+        let items: Vec<_> = names.iter().enumerate().map(|(i, n)| (i as i64, Some(n.as_str()))).collect();
+        let users: Vec<i64> = (0..6).flat_map(|u| [u; 3]).collect();
+        let tables = Tables {
+            shortlist: ints(&[(USER_ID, &users), (ITEM_ID, &[61, 62, 63].repeat(6)), (REC_RANK, &[1, 2, 3].repeat(6))]),
+            history: train,
+            items: item_table(&items),
+            neighbours: Some(ints(&[
+                (USER_ID, &[0, 1, 2, 3, 4, 5]),
+                (NEIGHBOUR_ID, &[1, 2, 3, 4, 5, 0]),
+                (RANK, &[1; 6]),
+            ])),
+            neighbour_history: None,
+            users: None,
+        };
+        let texts = prompts_by_user(&memory(run(&config(json!({})), &tables).unwrap(), "prompts"));
+        assert_eq!(texts.len(), 6);
+        let mut held_out_of_target_shown_for_neighbour = 0;
+        for (user, text) in &texts {
+            let neighbour = (user + 1) % 6;
+            assert_eq!(line(text, "Interaction History"), known[user]);
+            assert_eq!(line(text, "Similar User Interaction History"), known[&neighbour]);
+            for title in valid[user].iter().chain(&test[user]) {
+                assert!(!line(text, "Interaction History").contains(&title.as_str()));
+                held_out_of_target_shown_for_neighbour += usize::from(known[&neighbour].contains(title));
+            }
+            for title in valid[&neighbour].iter().chain(&test[&neighbour]) {
+                assert!(!line(text, "Similar User Interaction History").contains(&title.as_str()));
+            }
+        }
+        // Dropping such titles would tell the LLM what is held out.
+        assert!(held_out_of_target_shown_for_neighbour > 0);
+    }
+
+    #[test]
+    fn another_number_of_threads_gives_the_same_table() {
+        let on = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let prompts = memory(run(&config(json!({ "permutations": 4 })), &tables()).unwrap(), "prompts");
+                prompts.to_batch().unwrap()
+            })
+        };
+        assert_eq!(on(1), on(3));
+    }
+
+    #[test]
+    fn what_cannot_fit_is_refused_for_the_first_user() {
+        let error = run(&config(json!({ "max_tokens": 5 })), &tables()).err().unwrap();
+        assert_eq!(error.fault.exit_code(), 78);
+        assert!(error.message.contains("user `1`"), "{error}");
+    }
+
+    #[test]
+    fn ids_of_two_types_are_named() {
+        let ids = Arc::new(StringArray::from(vec!["10", "11"]));
+        let titles = Arc::new(StringArray::from(vec!["a", "b"]));
+        let items = Table::from_columns(vec![(ITEM_ID, ids, false), (TITLE, titles, true)]).unwrap();
+        let error = run(&config(json!({})), &Tables { items, ..tables() }).err().unwrap();
+        assert!(error.fault.exit_code() == 65 && error.message.contains("`item_id`"), "{error}");
+    }
+
+    #[test]
+    fn configs_are_checked_before_anything_runs() {
+        let base = |key: &str, value: Value| {
+            let mut config = json!({ "shortlist": "s", "history": "h", "items": "i", "model": "m" });
+            config[key] = value;
+            resolved(config)
+        };
+        for (key, value, words) in [
+            ("history_items", json!(0), "`history_items` is 0"),
+            ("permutations", json!(0), "`permutations` is 0"),
+            ("neighbour_history", json!("x"), "`neighbours` only"),
+            ("user_template", json!("absent.jinja"), "`user_template` cannot be read"),
+            ("candidate_style", json!("numbers"), "numbers"),
+        ] {
+            let error = base(key, value).err().unwrap();
+            assert!(error.fault.exit_code() == 78 && error.message.contains(words), "{error}");
+        }
+        let stage = base("neighbours", json!("similar")).unwrap();
+        assert_eq!(stage.inputs().len(), 4);
+        assert_eq!(stage.models(), ["m"]);
+        let identity = stage.identity();
+        assert_eq!(identity["user_template"], TOPK_USER);
+        assert_eq!(identity["history_items"], 30);
+    }
+
+    #[test]
+    fn the_sample_parses() {
+        let sample = serde_json::to_value(toml::from_str::<toml::Table>(KIND.sample).unwrap()).unwrap();
+        assert_eq!(resolved(sample).unwrap().outputs().len(), 2);
+    }
+}

@@ -1,0 +1,573 @@
+//! Stage `rerank`: the LLM orders the shortlist, tail first, within a budget.
+//!
+//! In: prompts (from `prompt`), N(u) per user (from the long-tail SQL), an LLM. Out: one order
+//! of the candidates per user that was asked (`reranked`), and the users that were not, with the
+//! reason (`not_asked`). Every answer goes to the ledger first, so a killed run resumes row by row.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use arrow::array::{
+    Array, ArrayRef, AsArray, Float32Array, Int32Array, RecordBatch, StringArray, TimestampMicrosecondArray,
+};
+use arrow::datatypes::DataType;
+use async_trait::async_trait;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::columns::*;
+use crate::error::{Error, Result};
+use crate::llm::ledger::{Answer, Ledger, digest};
+use crate::llm::{ChatTokenizer, Llm, Message, ScoreRequest};
+use crate::stages::{
+    InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageKind, StageResult, What, context::Cancel,
+};
+use crate::tables::{Id, IdColumn, Table};
+
+/// How an answer is read from the LLM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// One prefill; the candidates are ranked by the log-probabilities of their letters. Needs
+    /// prompts with `candidate_style = "letters"`.
+    #[default]
+    Label,
+    /// The log-probability of each candidate's title given the prompt. Needs prompts with
+    /// `candidate_style = "titles"`.
+    Likelihood,
+}
+
+/// What a title's log-probability is divided by or compared with (mode `likelihood`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Normalise {
+    /// Sum over the title's tokens: favours short titles.
+    Sum,
+    /// Mean over the title's tokens.
+    #[default]
+    Mean,
+    /// Sum, less the title's log-probability after an empty prompt: favours what the history explains.
+    Unconditional,
+}
+
+/// Which users are asked first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// Users with the fewest interactions first (the LLM weighs most for them, eq. 7), ties by user id.
+    #[default]
+    TailFirst,
+    /// A seeded sample, for calibration: every part of the long tail is in it.
+    Random,
+}
+
+/// How much the LLM may be asked. The smaller of the two limits counts; no limit asks everyone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Budget {
+    /// At most so many users.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub users: Option<u64>,
+    /// At most so many prompt tokens; a user is asked only when all of their prompts fit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<u64>,
+}
+
+/// Config of `kind = "rerank"`.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RerankConfig {
+    /// Table of prompts: output `prompts` of a `prompt` stage.
+    pub prompts: String,
+    /// Table with `user_id` and `interactions`, N(u): decides who is asked first.
+    pub long_tail: String,
+    /// Users without a prompt and why: output `skipped` of the `prompt` stage. They are passed on in `not_asked`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<String>,
+    /// The LLM: a name from the catalogue, a GGUF file or a Hugging Face folder. The same as in the `prompt` stage.
+    pub model: String,
+    /// How the LLM's order is read.
+    #[serde(default)]
+    pub mode: Mode,
+    /// Mode `likelihood`: how titles of different length are made comparable.
+    #[serde(default)]
+    pub normalise: Normalise,
+    /// How much may be asked.
+    #[serde(default)]
+    pub budget: Budget,
+    /// Who is asked first.
+    #[serde(default)]
+    pub order: Order,
+}
+
+/// The registry's entry.
+pub const KIND: StageKind = StageKind {
+    name: "rerank",
+    version: 1,
+    about: "The LLM orders each user's shortlist, users of the long tail first, within a budget.",
+    sample: "prompts = \"prompts\"\nlong_tail = \"tail\"\nmodel = \"smollm2-135m-instruct\"\nbudget = { users = 100 }\n",
+    schema: || schemars::schema_for!(RerankConfig),
+    resolve,
+};
+
+fn resolve(config: serde_json::Value, _ctx: &ResolveContext<'_>) -> Result<Box<dyn Stage>> {
+    let config: RerankConfig =
+        serde_json::from_value(config).map_err(|e| Error::spec("the config does not fit").because(e))?;
+    Ok(Box::new(Rerank { config }))
+}
+
+struct Rerank {
+    config: RerankConfig,
+}
+
+#[async_trait]
+impl Stage for Rerank {
+    fn inputs(&self) -> Vec<InputSlot> {
+        let prompts = [USER_ID, PERMUTATION, SYSTEM, PROMPT, CANDIDATES, CANDIDATE_TITLES, PROMPT_TOKENS].as_slice();
+        let mut inputs = vec![
+            InputSlot::table("prompts", &self.config.prompts, prompts),
+            InputSlot::table("long_tail", &self.config.long_tail, &[USER_ID, INTERACTIONS]),
+        ];
+        if let Some(skipped) = &self.config.skipped {
+            inputs.push(InputSlot::table("skipped", skipped, &[USER_ID, REASON]));
+        }
+        inputs
+    }
+
+    fn outputs(&self) -> Vec<OutputSlot> {
+        vec![
+            OutputSlot {
+                name: "reranked",
+                what: What::Table,
+                about: "user_id, item_id, llm_rank, llm_score, prompt_digest, llm_asked_at, source; best first",
+            },
+            OutputSlot { name: "not_asked", what: What::Table, about: "user_id, source, reason" },
+        ]
+    }
+
+    fn identity(&self) -> serde_json::Value {
+        serde_json::json!(self.config)
+    }
+
+    fn models(&self) -> Vec<String> {
+        vec![self.config.model.clone()]
+    }
+
+    async fn run(&self, ctx: &StageContext) -> Result<StageResult> {
+        let prompts = Prompts::read(&ctx.collect("prompts").await?)?;
+        let interactions = interactions_of(&ctx.collect("long_tail").await?)?;
+        let model = ctx.model(&self.config.model)?.clone();
+
+        let order = self.asking_order(&prompts, &interactions, ctx.seed);
+        let (asked, left_out) = self.within_budget(&prompts, order);
+
+        // Keys need the token ids, so tokenise first; the weights are loaded only if something is left to ask.
+        let path = model.path.clone();
+        let chat = tokio::task::spawn_blocking(move || ChatTokenizer::open(&path)).await??;
+        let mode = serde_json::json!([self.config.mode, self.config.normalise]).to_string();
+        let mut questions = Vec::new();
+        for user in &asked {
+            for &row in &prompts.rows[user] {
+                questions.push(self.question(&prompts.prompts[row], &chat, &model.digest, &mode)?);
+            }
+        }
+        let (mut ledger, unreadable) = Ledger::open(&ctx.savings, &model.digest).await?;
+        if unreadable > 0 {
+            ctx.observer
+                .note(&format!("{unreadable} unreadable ledger segments skipped; their prompts are asked again"));
+        }
+        let open: Vec<Question> =
+            questions.iter().filter(|q| ledger.get(&q.prompt_digest).is_none()).cloned().collect();
+        let reused = questions.len() - open.len();
+        if reused > 0 {
+            ctx.observer.note(&format!("{reused} of {} prompts were answered before", questions.len()));
+        }
+        let asked_tokens: u64 = open.iter().map(|q| q.tokens() as u64).sum();
+        let began = std::time::Instant::now();
+        let n_open = open.len();
+        self.ask(ctx, &model.path, &chat, open, &mut ledger).await?;
+        let seconds = began.elapsed().as_secs_f64();
+
+        let reranked = self.orders(&prompts, &asked, &questions, &ledger, ctx)?;
+        let not_asked = not_asked(&left_out, ctx.collect_opt("skipped").await?)?;
+        let rate = |n: f64| {
+            if n_open > 0 { serde_json::json!((n / seconds * 100.0).round() / 100.0) } else { serde_json::Value::Null }
+        };
+        Ok(StageResult::default()
+            .with_table("reranked", reranked)
+            .with_table("not_asked", not_asked)
+            .with_counter("users_asked", asked.len())
+            .with_counter("users_left_out_by_budget", left_out.len())
+            .with_counter("prompts", questions.len())
+            .with_counter("prompts_reused", reused)
+            .with_counter("llm_tokens", asked_tokens)
+            .with_counter("llm_seconds", (seconds * 1000.0).round() / 1000.0)
+            .with_counter("llm_tokens_per_second", rate(asked_tokens as f64))
+            .with_counter("prompts_per_second", rate(n_open as f64)))
+    }
+}
+
+/// One prompt as the `prompt` stage made it.
+struct Prompt {
+    system: String,
+    prompt: String,
+    /// As shown; indices into the shown order are what the LLM scores.
+    candidates: IdColumn,
+    titles: Vec<String>,
+    tokens: u64,
+}
+
+/// All prompts, and each user's rows in order of permutation.
+struct Prompts {
+    prompts: Vec<Prompt>,
+    rows: BTreeMap<Id, Vec<usize>>,
+    ids_are_int: bool,
+    item_type: DataType,
+}
+
+/// A prompt in tokens, with its key.
+#[derive(Clone)]
+struct Question {
+    prompt_digest: String,
+    ids: Vec<u32>,
+    /// One label token, or the tokens of one title, per candidate.
+    scored: Vec<Vec<u32>>,
+    mode: Mode,
+}
+
+impl Question {
+    fn tokens(&self) -> usize {
+        let continuations = match self.mode {
+            Mode::Label => 0,
+            Mode::Likelihood => self.scored.iter().map(Vec::len).sum(),
+        };
+        self.ids.len() + continuations
+    }
+}
+
+impl Prompts {
+    fn read(table: &Table) -> Result<Self> {
+        let batch = table.to_batch()?;
+        let users = table.ids(USER_ID)?;
+        let permutations = table.i32s(PERMUTATION)?;
+        let (systems, texts) = (table.strings(SYSTEM)?, table.strings(PROMPT)?);
+        let tokens = table.i32s(PROMPT_TOKENS)?;
+        let candidates = list_column(&batch, CANDIDATES)?;
+        let titles = list_column(&batch, CANDIDATE_TITLES)?;
+        let mut prompts = Vec::with_capacity(users.len());
+        let mut rows: BTreeMap<Id, Vec<usize>> = BTreeMap::new();
+        for row in 0..users.len() {
+            let ids = IdColumn::try_from_array(CANDIDATES, &candidates.value(row))?;
+            let names = Table::from_columns(vec![(TITLE, titles.value(row), true)])?.strings(TITLE)?;
+            prompts.push(Prompt {
+                system: systems[row].clone().unwrap_or_default(),
+                prompt: texts[row].clone().unwrap_or_default(),
+                candidates: ids,
+                titles: names.into_iter().map(Option::unwrap_or_default).collect(),
+                tokens: tokens[row].max(0) as u64,
+            });
+            rows.entry(users.get(row)).or_default().push(row);
+        }
+        for rows in rows.values_mut() {
+            rows.sort_by_key(|&r| permutations[r]);
+        }
+        let item_type = candidates.value_type();
+        Ok(Prompts { prompts, rows, ids_are_int: matches!(users, IdColumn::Int(_)), item_type })
+    }
+
+    fn users(&self, ids: &[Id]) -> IdColumn {
+        id_column(self.ids_are_int, ids)
+    }
+}
+
+fn id_column(int: bool, ids: &[Id]) -> IdColumn {
+    match int {
+        true => IdColumn::Int(ids.iter().map(|id| if let Id::Int(n) = id { *n } else { 0 }).collect()),
+        false => IdColumn::Str(ids.iter().map(Id::to_string).collect()),
+    }
+}
+
+fn list_column<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a arrow::array::ListArray> {
+    let column = batch.column_by_name(name).ok_or_else(|| Error::data(format!("column `{name}` is missing")))?;
+    column
+        .as_list_opt::<i32>()
+        .ok_or_else(|| Error::data(format!("column `{name}` has type {}, a list is wanted", column.data_type())))
+}
+
+fn interactions_of(table: &Table) -> Result<HashMap<Id, i64>> {
+    let users = table.ids(USER_ID)?;
+    Ok(table.i64s(INTERACTIONS)?.into_iter().enumerate().map(|(row, n)| (users.get(row), n)).collect())
+}
+
+impl Rerank {
+    /// All users with a prompt, in the order in which they are asked.
+    fn asking_order(&self, prompts: &Prompts, interactions: &HashMap<Id, i64>, seed: u64) -> Vec<Id> {
+        use rand::SeedableRng;
+        use rand::seq::SliceRandom;
+        let mut users: Vec<Id> = prompts.rows.keys().cloned().collect();
+        match self.config.order {
+            // A stable sort over users in id order: ties go by id. A user the table lacks has no history.
+            Order::TailFirst => users.sort_by_key(|u| interactions.get(u).copied().unwrap_or(0)),
+            Order::Random => users.shuffle(&mut rand_chacha::ChaCha8Rng::seed_from_u64(seed)),
+        }
+        users
+    }
+
+    /// The users whose prompts fit the budget, and the rest.
+    fn within_budget(&self, prompts: &Prompts, order: Vec<Id>) -> (Vec<Id>, Vec<Id>) {
+        let Budget { users, tokens } = self.config.budget;
+        let mut spent = 0u64;
+        let mut cut = order.len();
+        for (n, user) in order.iter().enumerate() {
+            spent += prompts.rows[user].iter().map(|&r| prompts.prompts[r].tokens).sum::<u64>();
+            if users.is_some_and(|most| n as u64 >= most) || tokens.is_some_and(|most| spent > most) {
+                cut = n;
+                break;
+            }
+        }
+        let mut asked = order;
+        let left_out = asked.split_off(cut);
+        (asked, left_out)
+    }
+
+    fn question(&self, prompt: &Prompt, chat: &ChatTokenizer, weights: &str, mode: &str) -> Result<Question> {
+        let messages = [
+            Message { role: "system".into(), content: prompt.system.clone() },
+            Message { role: "user".into(), content: prompt.prompt.clone() },
+        ];
+        let messages = if prompt.system.is_empty() { &messages[1..] } else { &messages[..] };
+        let ids = chat.encode_chat(messages)?;
+        let scored: Vec<Vec<u32>> = match self.config.mode {
+            Mode::Label => (0..prompt.candidates.len())
+                .map(|place| {
+                    let label = crate::prompts::label(place).ok_or_else(|| {
+                        Error::spec(format!(
+                            "there are {} letters and {} candidates",
+                            crate::prompts::LETTERS,
+                            prompt.candidates.len()
+                        ))
+                        .with_help("make the shortlist smaller, or use mode = \"likelihood\"")
+                    })?;
+                    Ok(chat.encode_text(&label.to_string()))
+                })
+                .collect::<Result<_>>()?,
+            Mode::Likelihood => prompt.titles.iter().map(|title| chat.encode_text(title)).collect(),
+        };
+        if let (Mode::Label, Some(label)) = (self.config.mode, scored.iter().position(|l| l.len() != 1)) {
+            return Err(Error::spec(format!("label {label} is not one token of `{}`", self.config.model))
+                .with_help("use mode = \"likelihood\" with candidate_style = \"titles\", or a smaller shortlist"));
+        }
+        let longest = ids.len() + scored.iter().map(Vec::len).max().unwrap_or(0);
+        if longest > chat.context_length() {
+            return Err(Error::spec(format!(
+                "a prompt of {longest} tokens exceeds the context of {} of `{}`",
+                chat.context_length(),
+                self.config.model
+            ))
+            .with_help("make the shortlist or `history_items` smaller, or set `max_tokens` in the `prompt` stage"));
+        }
+        Ok(Question { prompt_digest: digest(&ids, &scored, weights, mode), ids, scored, mode: self.config.mode })
+    }
+
+    /// Asks what is open, in segments that go to the ledger one by one.
+    async fn ask(
+        &self,
+        ctx: &StageContext,
+        path: &std::path::Path,
+        chat: &ChatTokenizer,
+        open: Vec<Question>,
+        ledger: &mut Ledger,
+    ) -> Result<()> {
+        /// Prompts per ledger segment: some 15 seconds of work on two cores are lost by a kill.
+        const SEGMENT: usize = 16;
+        if open.is_empty() {
+            return Ok(());
+        }
+        let (path, device) = (path.to_owned(), ctx.device);
+        let llm = Arc::new(tokio::task::spawn_blocking(move || Llm::open(&path, device)).await??);
+        ctx.observer.begin("prompts", open.len() as u64);
+        let unconditional = match (self.config.mode, self.config.normalise) {
+            (Mode::Likelihood, Normalise::Unconditional) => self.unconditional(&llm, chat, &open, &ctx.cancel).await?,
+            _ => HashMap::new(),
+        };
+        for segment in open.chunks(SEGMENT) {
+            ctx.cancel.check()?;
+            let (llm, segment, cancel) = (llm.clone(), segment.to_vec(), ctx.cancel.clone());
+            let observer = ctx.observer.clone();
+            let (segment, logprobs) = tokio::task::spawn_blocking(move || {
+                let mut progress = |n: usize| {
+                    observer.advance(n as u64);
+                    cancel.check()
+                };
+                score(&llm, &segment, &mut progress).map(|s| (segment, s))
+            })
+            .await??;
+            let asked_at = chrono::Utc::now().timestamp_micros();
+            let answers = segment.iter().zip(logprobs).map(|(q, per_candidate)| Answer {
+                prompt_digest: q.prompt_digest.clone(),
+                scores: q
+                    .scored
+                    .iter()
+                    .zip(per_candidate)
+                    .map(|(ids, lp)| self.normalised(ids, &lp, &unconditional))
+                    .collect(),
+                tokens: q.tokens() as i32,
+                asked_at,
+            });
+            ledger.append(answers.collect()).await?;
+        }
+        Ok(())
+    }
+
+    fn normalised(&self, ids: &[u32], logprobs: &[f32], unconditional: &HashMap<Vec<u32>, f32>) -> f32 {
+        let sum: f32 = logprobs.iter().sum();
+        match (self.config.mode, self.config.normalise) {
+            (Mode::Label, _) | (Mode::Likelihood, Normalise::Sum) => sum,
+            (Mode::Likelihood, Normalise::Mean) => sum / logprobs.len().max(1) as f32,
+            (Mode::Likelihood, Normalise::Unconditional) => sum - unconditional.get(ids).copied().unwrap_or(0.0),
+        }
+    }
+
+    /// Log-probability of every title after a prompt that knows nothing of the user.
+    async fn unconditional(
+        &self,
+        llm: &Arc<Llm>,
+        chat: &ChatTokenizer,
+        open: &[Question],
+        cancel: &Cancel,
+    ) -> Result<HashMap<Vec<u32>, f32>> {
+        let titles: std::collections::BTreeSet<Vec<u32>> = open.iter().flat_map(|q| q.scored.iter().cloned()).collect();
+        let titles: Vec<Vec<u32>> = titles.into_iter().collect();
+        let neutral = chat.encode_chat(&[Message { role: "user".into(), content: "Name one title.".into() }])?;
+        let request = ScoreRequest { prompt: neutral, continuations: titles.clone() };
+        let (llm, cancel) = (llm.clone(), cancel.clone());
+        let scores =
+            tokio::task::spawn_blocking(move || llm.continuation_logprobs(&[request], &mut |_| cancel.check()))
+                .await??;
+        let sums = scores.into_iter().flatten().map(|lp| lp.iter().sum());
+        Ok(titles.into_iter().zip(sums).collect())
+    }
+
+    /// The table `reranked`: per user the mean score of each candidate over the permutations.
+    fn orders(
+        &self,
+        prompts: &Prompts,
+        asked: &[Id],
+        questions: &[Question],
+        ledger: &Ledger,
+        ctx: &StageContext,
+    ) -> Result<Table> {
+        let mut next = questions.iter();
+        let mut out = Orders::default();
+        for user in asked {
+            let rows = &prompts.rows[user];
+            let mut sums: HashMap<Id, (f64, usize)> = HashMap::new();
+            let mut first: Option<&Answer> = None;
+            for &row in rows {
+                let question = next.next().ok_or_else(|| Error::internal("fewer questions than prompts"))?;
+                let answer = ledger.get(&question.prompt_digest).ok_or_else(|| {
+                    Error::internal(format!("stage `{}`: an answered prompt is not in the ledger", ctx.name))
+                })?;
+                first = first.or(Some(answer));
+                for (place, &score) in answer.scores.iter().enumerate() {
+                    let entry = sums.entry(prompts.prompts[row].candidates.get(place)).or_insert((0.0, 0));
+                    entry.0 += f64::from(score);
+                    entry.1 += 1;
+                }
+            }
+            let Some(answer) = first else { continue };
+            // Ties keep the order of permutation 0.
+            let shown = &prompts.prompts[rows[0]].candidates;
+            let mut order: Vec<(usize, f64)> = (0..shown.len())
+                .map(|place| {
+                    let (sum, n) = sums.get(&shown.get(place)).copied().unwrap_or((f64::NEG_INFINITY, 1));
+                    (place, sum / n as f64)
+                })
+                .collect();
+            order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            for (rank, (place, score)) in order.into_iter().enumerate() {
+                out.users.push(user.clone());
+                out.items.push(shown.get(place));
+                out.ranks.push(rank as i32 + 1);
+                out.scores.push(score as f32);
+                out.digests.push(answer.prompt_digest.clone());
+                out.asked_at.push(answer.asked_at);
+            }
+        }
+        out.into_table(prompts)
+    }
+}
+
+#[derive(Default)]
+struct Orders {
+    users: Vec<Id>,
+    items: Vec<Id>,
+    ranks: Vec<i32>,
+    scores: Vec<f32>,
+    digests: Vec<String>,
+    asked_at: Vec<i64>,
+}
+
+impl Orders {
+    fn into_table(self, prompts: &Prompts) -> Result<Table> {
+        let items_are_int = prompts.item_type.is_integer();
+        let n = self.ranks.len();
+        Table::from_columns(vec![
+            (USER_ID, prompts.users(&self.users).to_array(), false),
+            (ITEM_ID, id_column(items_are_int, &self.items).to_array(), false),
+            (LLM_RANK, Arc::new(Int32Array::from(self.ranks)) as ArrayRef, false),
+            (LLM_SCORE, Arc::new(Float32Array::from(self.scores)), false),
+            (PROMPT_DIGEST, Arc::new(StringArray::from(self.digests)), false),
+            (LLM_ASKED_AT, Arc::new(TimestampMicrosecondArray::from(self.asked_at).with_timezone("UTC")), false),
+            (SOURCE, Arc::new(StringArray::from(vec!["fused"; n])), false),
+        ])
+    }
+}
+
+/// Log-probabilities per question and candidate.
+fn score(llm: &Llm, segment: &[Question], progress: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<Vec<Vec<f32>>>> {
+    match segment.first().map(|q| q.mode) {
+        None => Ok(Vec::new()),
+        Some(Mode::Label) => {
+            let prompts: Vec<Vec<u32>> = segment.iter().map(|q| q.ids.clone()).collect();
+            let labels: Vec<Vec<u32>> = segment.iter().map(|q| q.scored.iter().map(|l| l[0]).collect()).collect();
+            let scores = llm.label_logprobs(&prompts, &labels, progress)?;
+            Ok(scores.into_iter().map(|row| row.into_iter().map(|s| vec![s]).collect()).collect())
+        }
+        Some(Mode::Likelihood) => {
+            let requests: Vec<ScoreRequest> = segment
+                .iter()
+                .map(|q| ScoreRequest { prompt: q.ids.clone(), continuations: q.scored.clone() })
+                .collect();
+            llm.continuation_logprobs(&requests, progress)
+        }
+    }
+}
+
+/// Users that the budget left out, then those without a prompt.
+fn not_asked(left_out: &[Id], skipped: Option<Table>) -> Result<Table> {
+    let mut users: Vec<Id> = left_out.to_vec();
+    let mut reasons = vec!["budget".to_owned(); users.len()];
+    if let Some(skipped) = &skipped {
+        let ids = skipped.ids(USER_ID)?;
+        let known: HashSet<Id> = users.iter().cloned().collect();
+        for (row, reason) in skipped.strings(REASON)?.into_iter().enumerate() {
+            if !known.contains(&ids.get(row)) {
+                users.push(ids.get(row));
+                reasons.push(reason.unwrap_or_else(|| "no_title".into()));
+            }
+        }
+    }
+    // An empty table still has the type of the ids.
+    let int = match (users.first(), &skipped) {
+        (Some(id), _) => matches!(id, Id::Int(_)),
+        (None, Some(skipped)) => matches!(skipped.ids(USER_ID)?, IdColumn::Int(_)),
+        (None, None) => true,
+    };
+    let n = users.len();
+    Table::from_columns(vec![
+        (USER_ID, id_column(int, &users).to_array(), false),
+        (SOURCE, Arc::new(StringArray::from(vec!["recommender"; n])) as ArrayRef, false),
+        (REASON, Arc::new(StringArray::from(reasons)), false),
+    ])
+}
