@@ -198,12 +198,12 @@ impl Names<'_> {
         };
         if self.sources.contains(&name) {
             if slot.what == What::Artifact {
-                return Err(Diagnostic::new(
+                let mistake = Diagnostic::new(
                     format!("`{}` of stage `{stage}` wants an artifact, but `{name}` is a source", slot.slot),
                     place(),
                     "a table",
-                )
-                .with_suggestions_of(self.all(What::Artifact)));
+                );
+                return Err(with_fitting(mistake, &self.all(What::Artifact)));
             }
             return match output.unwrap_or(ROWS) {
                 found @ (ROWS | BAD_ROWS) => Ok(Some((Node::Source(name.to_owned()), found.to_owned()))),
@@ -254,7 +254,7 @@ impl Names<'_> {
                 );
                 let fitting: Vec<String> = outputs.iter().filter(right).map(written).collect();
                 let fitting = if fitting.is_empty() { self.all(slot.what) } else { fitting };
-                Err(mistake.with_suggestions_of(fitting))
+                Err(with_fitting(mistake, &fitting))
             }
             None => {
                 let names: Vec<&str> = outputs.iter().map(|o| o.name).collect();
@@ -284,12 +284,10 @@ impl Names<'_> {
     }
 }
 
-impl Diagnostic {
-    fn with_suggestions_of(self, fitting: Vec<String>) -> Self {
-        match fitting.is_empty() {
-            true => self,
-            false => self.with_help(format!("what fits: {}", list(fitting.iter().map(String::as_str)))),
-        }
+fn with_fitting(mistake: Diagnostic, fitting: &[String]) -> Diagnostic {
+    match fitting.is_empty() {
+        true => mistake,
+        false => mistake.with_help(format!("what fits: {}", list(fitting.iter().map(String::as_str)))),
     }
 }
 

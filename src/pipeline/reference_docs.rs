@@ -98,7 +98,8 @@ const INTRO: &str = "A pipeline is one TOML file: where tables come from (`sourc
 other's outputs; the order of the work follows from those references, not from the order of the file. A whole small one:";
 
 const RULES: &str = "Everything is checked before anything runs, and all mistakes are shown at once, each with its line and a caret. A key that \
-nothing reads is a mistake. `tailfuse validate FILE` only checks; `tailfuse schema` prints the JSON Schema of this page for editors.
+nothing reads is a mistake. `tailfuse validate FILE` only checks; `tailfuse schema > tailfuse.schema.json` writes the JSON Schema of this page for editors \
+(Taplo, for one, reads a first line `#:schema tailfuse.schema.json`).
 
 **References.** `parts.train` is the output `train` of the stage `parts`; `parts` alone is its first output. Of a source, `log` is its rows and \
 `log.bad_rows` the rows that were set aside. Names have lower-case letters, digits and `_`, and begin with a letter; a source and a stage cannot share one.
