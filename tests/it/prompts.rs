@@ -111,7 +111,7 @@ fn titles_cannot_speak_for_the_template() {
         let text = real.tokenizer.decode(&real.ids(&prompt.text));
         assert!(text.contains(&titles[2]), "{text}");
         let ids = real.ids(&prompt.text);
-        let ends = real.tokenizer.encode_special("<|im_end|><|im_start|>");
+        let ends = real.tokenizer.tokenizer().unwrap().encode_special("<|im_end|><|im_start|>");
         ids.iter().filter(|id| ends.contains(id)).count()
     };
     assert_eq!(special(&plain), special(&hostile));
