@@ -250,7 +250,7 @@ train = "parts.train"
 valid = "parts.valid"
 [stages.model.hyper]
 embedding_dim = 8
-max_epochs = 5
+epochs = 5
 
 [stages.tail_valid]
 kind = "sql"
