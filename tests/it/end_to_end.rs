@@ -183,10 +183,11 @@ fn what_real_logs_are_full_of_is_counted() {
     assert_eq!(world.sql("select count(*) n from events.bad_rows")[0]["n"], 2);
     assert_eq!(world.sql("select count(*) n from recommendations where user_id = 'once'")[0]["n"], 5);
     assert_eq!(world.sql("select count(*) n from parts.test where user_id = 'once'")[0]["n"], 0);
-    let text = parts.to_string();
-    for counted in ["duplicates", "re_ratings", "too_few"] {
-        assert!(text.contains(counted), "{counted} in {text}");
-    }
+    assert_eq!((&events["exact_duplicates"], &events["re_ratings"]), (&1.into(), &1.into()), "{events}");
+    assert_eq!(events["bad_rows_by_reason"], serde_json::json!({"uid is empty": 1, "uid is null": 1}));
+    assert_eq!((&parts["users_too_few"], &parts["users_evaluated"]), (&1.into(), &USERS.into()), "{parts}");
+    let prompts = &stage(&document, "prompts")["counters"];
+    assert_eq!(prompts["history_not_in_item_table"], 1, "{prompts}");
 }
 
 #[test]
