@@ -1,6 +1,8 @@
 //! All integration tests, one binary.
 #![allow(clippy::unwrap_used, clippy::print_stderr, missing_docs)]
 
+// The direction of imports, complete registries.
+mod architecture;
 // Generated documents are current: docs/pipeline.md, the JSON Schema.
 mod docs;
 // The generated reference of tables against the code.
