@@ -4,17 +4,19 @@
 //! of the candidates per user that was asked (`reranked`), and the users that were not, with the
 //! reason (`not_asked`). Every answer goes to the ledger first, so a killed run resumes row by row.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+mod orders;
+mod questions;
+
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use arrow::array::{
-    Array, ArrayRef, AsArray, Float32Array, Int32Array, RecordBatch, StringArray, TimestampMicrosecondArray,
-};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 use async_trait::async_trait;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use self::orders::{not_asked, orders};
+use self::questions::{Prompt, Prompts, Question, interactions_of};
 use crate::columns::*;
 use crate::error::{Error, Result};
 use crate::llm::ledger::{Answer, Ledger, digest};
@@ -22,7 +24,7 @@ use crate::llm::{ChatTokenizer, Llm, Message, ScoreRequest};
 use crate::stages::{
     InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageKind, StageResult, What, context::Cancel,
 };
-use crate::tables::{Id, IdColumn, Table};
+use crate::tables::Id;
 
 /// How an answer is read from the LLM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -213,7 +215,7 @@ impl Stage for Rerank {
         self.ask(ctx, &model.path, &chat, open, &mut ledger).await?;
         let seconds = began.elapsed().as_secs_f64();
 
-        let reranked = self.orders(&prompts, &asked, &questions, &ledger, ctx)?;
+        let reranked = orders(&prompts, &asked, &questions, &ledger, ctx)?;
         let not_asked = not_asked(&left_out, ctx.collect_opt("skipped").await?)?;
         let rate = |n: f64| {
             if n_open > 0 { serde_json::json!((n / seconds * 100.0).round() / 100.0) } else { serde_json::Value::Null }
@@ -230,98 +232,6 @@ impl Stage for Rerank {
             .with_counter("llm_tokens_per_second", rate(asked_tokens as f64))
             .with_counter("prompts_per_second", rate(n_open as f64)))
     }
-}
-
-/// One prompt as the `prompt` stage made it.
-struct Prompt {
-    system: String,
-    prompt: String,
-    /// As shown; indices into the shown order are what the LLM scores.
-    candidates: IdColumn,
-    titles: Vec<String>,
-    tokens: u64,
-}
-
-/// All prompts, and each user's rows in order of permutation.
-struct Prompts {
-    prompts: Vec<Prompt>,
-    rows: BTreeMap<Id, Vec<usize>>,
-    ids_are_int: bool,
-    item_type: DataType,
-}
-
-/// A prompt in tokens, with its key.
-#[derive(Clone)]
-struct Question {
-    prompt_digest: String,
-    ids: Vec<u32>,
-    /// One label token, or the tokens of one title, per candidate.
-    scored: Vec<Vec<u32>>,
-    mode: Mode,
-}
-
-impl Question {
-    fn tokens(&self) -> usize {
-        let continuations = match self.mode {
-            Mode::Label => 0,
-            Mode::Likelihood => self.scored.iter().map(Vec::len).sum(),
-        };
-        self.ids.len() + continuations
-    }
-}
-
-impl Prompts {
-    fn read(table: &Table) -> Result<Self> {
-        let batch = table.to_batch()?;
-        let users = table.ids(USER_ID)?;
-        let permutations = table.i32s(PERMUTATION)?;
-        let (systems, texts) = (table.strings(SYSTEM)?, table.strings(PROMPT)?);
-        let tokens = table.i32s(PROMPT_TOKENS)?;
-        let candidates = list_column(&batch, CANDIDATES)?;
-        let titles = list_column(&batch, CANDIDATE_TITLES)?;
-        let mut prompts = Vec::with_capacity(users.len());
-        let mut rows: BTreeMap<Id, Vec<usize>> = BTreeMap::new();
-        for row in 0..users.len() {
-            let ids = IdColumn::try_from_array(CANDIDATES, &candidates.value(row))?;
-            let names = Table::from_columns(vec![(TITLE, titles.value(row), true)])?.strings(TITLE)?;
-            prompts.push(Prompt {
-                system: systems[row].clone().unwrap_or_default(),
-                prompt: texts[row].clone().unwrap_or_default(),
-                candidates: ids,
-                titles: names.into_iter().map(Option::unwrap_or_default).collect(),
-                tokens: tokens[row].max(0) as u64,
-            });
-            rows.entry(users.get(row)).or_default().push(row);
-        }
-        for rows in rows.values_mut() {
-            rows.sort_by_key(|&r| permutations[r]);
-        }
-        let item_type = candidates.value_type();
-        Ok(Prompts { prompts, rows, ids_are_int: matches!(users, IdColumn::Int(_)), item_type })
-    }
-
-    fn users(&self, ids: &[Id]) -> IdColumn {
-        id_column(self.ids_are_int, ids)
-    }
-}
-
-fn id_column(int: bool, ids: &[Id]) -> IdColumn {
-    match int {
-        true => IdColumn::Int(ids.iter().map(|id| if let Id::Int(n) = id { *n } else { 0 }).collect()),
-        false => IdColumn::Str(ids.iter().map(Id::to_string).collect()),
-    }
-}
-
-fn list_column<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a arrow::array::ListArray> {
-    let column = batch.column_by_name(name).ok_or_else(|| Error::data(format!("column `{name}` is missing")))?;
-    column
-        .as_list_opt::<i32>()
-        .ok_or_else(|| Error::data(format!("column `{name}` has type {}, a list is wanted", column.data_type())))
-}
-
-fn interactions_of(table: &Table) -> Result<HashMap<Id, i64>> {
-    let users = table.ids(USER_ID)?;
-    Ok(table.i64s(INTERACTIONS)?.into_iter().enumerate().map(|(row, n)| (users.get(row), n)).collect())
 }
 
 impl Rerank {
@@ -472,81 +382,6 @@ impl Rerank {
         let sums = scores.into_iter().flatten().map(|lp| lp.iter().sum());
         Ok(titles.into_iter().zip(sums).collect())
     }
-
-    /// The table `reranked`: per user the mean score of each candidate over the permutations.
-    fn orders(
-        &self,
-        prompts: &Prompts,
-        asked: &[Id],
-        questions: &[Question],
-        ledger: &Ledger,
-        ctx: &StageContext,
-    ) -> Result<Table> {
-        let mut next = questions.iter();
-        let mut out = Orders::default();
-        for user in asked {
-            let rows = &prompts.rows[user];
-            let mut sums: HashMap<Id, (f64, usize)> = HashMap::new();
-            let mut first: Option<&Answer> = None;
-            for &row in rows {
-                let question = next.next().ok_or_else(|| Error::internal("fewer questions than prompts"))?;
-                let answer = ledger.get(&question.prompt_digest).ok_or_else(|| {
-                    Error::internal(format!("stage `{}`: an answered prompt is not in the ledger", ctx.name))
-                })?;
-                first = first.or(Some(answer));
-                for (place, &score) in answer.scores.iter().enumerate() {
-                    let entry = sums.entry(prompts.prompts[row].candidates.get(place)).or_insert((0.0, 0));
-                    entry.0 += f64::from(score);
-                    entry.1 += 1;
-                }
-            }
-            let Some(answer) = first else { continue };
-            // Ties keep the order of permutation 0.
-            let shown = &prompts.prompts[rows[0]].candidates;
-            let mut order: Vec<(usize, f64)> = (0..shown.len())
-                .map(|place| {
-                    let (sum, n) = sums.get(&shown.get(place)).copied().unwrap_or((f64::NEG_INFINITY, 1));
-                    (place, sum / n as f64)
-                })
-                .collect();
-            order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-            for (rank, (place, score)) in order.into_iter().enumerate() {
-                out.users.push(user.clone());
-                out.items.push(shown.get(place));
-                out.ranks.push(rank as i32 + 1);
-                out.scores.push(score as f32);
-                out.digests.push(answer.prompt_digest.clone());
-                out.asked_at.push(answer.asked_at);
-            }
-        }
-        out.into_table(prompts)
-    }
-}
-
-#[derive(Default)]
-struct Orders {
-    users: Vec<Id>,
-    items: Vec<Id>,
-    ranks: Vec<i32>,
-    scores: Vec<f32>,
-    digests: Vec<String>,
-    asked_at: Vec<i64>,
-}
-
-impl Orders {
-    fn into_table(self, prompts: &Prompts) -> Result<Table> {
-        let items_are_int = prompts.item_type.is_integer();
-        let n = self.ranks.len();
-        Table::from_columns(vec![
-            (USER_ID, prompts.users(&self.users).to_array(), false),
-            (ITEM_ID, id_column(items_are_int, &self.items).to_array(), false),
-            (LLM_RANK, Arc::new(Int32Array::from(self.ranks)) as ArrayRef, false),
-            (LLM_SCORE, Arc::new(Float32Array::from(self.scores)), false),
-            (PROMPT_DIGEST, Arc::new(StringArray::from(self.digests)), false),
-            (LLM_ASKED_AT, Arc::new(TimestampMicrosecondArray::from(self.asked_at).with_timezone("UTC")), false),
-            (SOURCE, Arc::new(StringArray::from(vec!["fused"; n])), false),
-        ])
-    }
 }
 
 /// Log-probabilities per question and candidate.
@@ -567,32 +402,4 @@ fn score(llm: &Llm, segment: &[Question], progress: &mut dyn FnMut(usize) -> Res
             llm.continuation_logprobs(&requests, progress)
         }
     }
-}
-
-/// Users that the budget left out, then those without a prompt.
-fn not_asked(left_out: &[Id], skipped: Option<Table>) -> Result<Table> {
-    let mut users: Vec<Id> = left_out.to_vec();
-    let mut reasons = vec!["budget".to_owned(); users.len()];
-    if let Some(skipped) = &skipped {
-        let ids = skipped.ids(USER_ID)?;
-        let known: HashSet<Id> = users.iter().cloned().collect();
-        for (row, reason) in skipped.strings(REASON)?.into_iter().enumerate() {
-            if !known.contains(&ids.get(row)) {
-                users.push(ids.get(row));
-                reasons.push(reason.unwrap_or_else(|| "no_title".into()));
-            }
-        }
-    }
-    // An empty table still has the type of the ids.
-    let int = match (users.first(), &skipped) {
-        (Some(id), _) => matches!(id, Id::Int(_)),
-        (None, Some(skipped)) => matches!(skipped.ids(USER_ID)?, IdColumn::Int(_)),
-        (None, None) => true,
-    };
-    let n = users.len();
-    Table::from_columns(vec![
-        (USER_ID, id_column(int, &users).to_array(), false),
-        (SOURCE, Arc::new(StringArray::from(vec!["recommender"; n])) as ArrayRef, false),
-        (REASON, Arc::new(StringArray::from(reasons)), false),
-    ])
 }
