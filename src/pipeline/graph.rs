@@ -134,15 +134,18 @@ fn resolve(
     }
 }
 
-/// A refusal of a stage kind at the value that it names in backticks, else at the stage's header.
+/// A refusal of a stage kind at the key or value that it names in backticks, in the message or
+/// else in the help; where there is none, at the stage's header.
 fn refusal(name: &str, item: &Item, error: Error, text: &str) -> Diagnostic {
-    let named = error.message.split('`').skip(1).step_by(2).find_map(|word| {
+    let place_of_word = |word: &str| {
         let value = item.at(word).map(|i| &i.origin);
         let key = || item.find_key(word).map(|e| &e.key_origin);
         let text_of_value = || item.find_string(word).map(|i| &i.origin);
         value.or_else(key).or_else(text_of_value).map(|o| o.first_line(text))
-    });
-    let place = named.unwrap_or_else(|| item.origin.clone());
+    };
+    let named = |text: &str| text.split('`').skip(1).step_by(2).find_map(place_of_word);
+    let place = named(&error.message).or_else(|| error.help.as_deref().and_then(named));
+    let place = place.unwrap_or_else(|| item.origin.clone());
     let mistake = Diagnostic::new(format!("stage `{name}`: {}", error.message), place, "");
     match error.help {
         Some(help) => mistake.with_help(help),

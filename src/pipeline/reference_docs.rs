@@ -119,7 +119,8 @@ a template is read as one: `k = \"{{ k }}\"`. Text with braces that are meant go
 const SOURCES: &str = "A table to read. Readers bring ids to int64 or string, and add the column `row_id` (files in path order, then rows in file order), \
 which settles ties in time. Outputs: `rows` (the default) and `bad_rows`.";
 
-const STAGES: &str = "`kind` decides which other keys there are. Keys without a default must be given.";
+const STAGES: &str = "Every stage has a `kind`, which decides what other keys there are. It may have a `seed` (an integer, at least 0); by default that is \
+made from the pipeline's seed and the stage's name. Keys that are `required` must be given; one with an empty default may be left out.";
 
 struct Doc(String);
 
@@ -180,7 +181,12 @@ impl Doc {
         let description = schema.get("description").and_then(Value::as_str).unwrap_or_default();
         description.split("\n\n").skip(1).for_each(|p| self.line(p));
         self.line(&format!("```toml\n{}```", sample_as_stage(kind)));
-        self.keys(&schema, &schema, "");
+        let mut own = schema.clone();
+        if let Some(properties) = own.get_mut("properties").and_then(Value::as_object_mut) {
+            // The same for all kinds, and told above.
+            ["kind", "seed"].iter().for_each(|k| drop(properties.shift_remove(*k)));
+        }
+        self.keys(&own, &own, "");
         let Ok(stage) = resolve_sample(kind) else { return };
         let what = |what: What| if what == What::Table { "table" } else { "artifact" }.to_owned();
         let inputs: Vec<Vec<String>> = stage
