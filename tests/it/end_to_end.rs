@@ -209,7 +209,7 @@ fn bad_input_has_its_exit_code_and_names_the_thing() {
     let mut lines = log();
     lines.iter_mut().take(30).for_each(|l| l.0 = None);
     world.write_log(&lines);
-    refuse(65, &[], &["max_bad_rows", "user_id"]);
+    refuse(65, &[], &["max_bad_rows", "uid is null: 30"]);
     let whole = std::fs::read(world.path("data/films.parquet")).unwrap();
     world.write_log(&log());
     std::fs::write(world.path("data/films.parquet"), &whole[..whole.len() / 2]).unwrap();

@@ -313,7 +313,7 @@ async fn the_long_tail_query_is_eq_5_with_the_terciles_of_the_code() {
     let users: Vec<i64> = (0..20).flat_map(|u| std::iter::repeat_n(u, of(u) as usize)).collect();
     let log = Table::from_columns(vec![("user_id", Arc::new(Int64Array::from(users)) as ArrayRef, false)]).unwrap();
     house.put("log", &log).await;
-    let mut result = house.run("sql", json!({"input": "log", "file": "sql/long_tail.sql"})).await;
+    let mut result = house.run("sql", json!({"inputs": {"history": "log"}, "file": "sql/long_tail.sql"})).await;
     let table = match result.tables.remove("result").unwrap() {
         OutputTable::Memory(table) => table,
         OutputTable::Stream(stream) => {
