@@ -98,7 +98,7 @@ impl Observer for NodeProgress {
             return;
         }
         let total = self.total.load(Ordering::Relaxed);
-        let tenth = if total == 0 { 0 } else { done * 10 / total };
+        let tenth = (done * 10).checked_div(total).unwrap_or(0);
         // Only the call that crosses a tenth speaks; short work says nothing.
         if tenth > self.tenth.fetch_max(tenth, Ordering::Relaxed) && self.began.elapsed().as_secs() >= 2 {
             let unit = self.unit.lock().map(|u| u.clone()).unwrap_or_default();

@@ -119,7 +119,7 @@ pub fn buckets(interactions: &[i64]) -> Vec<Bucket> {
     let n = interactions.len();
     let mut order: Vec<usize> = (0..n).collect();
     order.sort_by_key(|&u| (interactions[u], u));
-    let tail = n / 3 + usize::from(n % 3 > 0);
+    let tail = n / 3 + usize::from(!n.is_multiple_of(3));
     let torso = n / 3 + usize::from(n % 3 > 1);
     let mut found = vec![Bucket::Head; n];
     for (place, &user) in order.iter().enumerate().take(tail + torso) {

@@ -114,7 +114,7 @@ fn top_values(root: &Item, out: &mut Vec<Diagnostic>) -> (usize, bool) {
     {
         let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
         let first = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
-        if !name.is_empty() && !(first && name.chars().all(allowed)) {
+        if !(name.is_empty() || first && name.chars().all(allowed)) {
             out.push(
                 Diagnostic::new(format!("`name` cannot be `{name}`"), item.origin.clone(), "not a name")
                     .with_help("letters, digits, `_`, `-` and `.`, and a letter or digit first"),

@@ -83,7 +83,8 @@ pub enum OutputTable {
     Stream(SendableRecordBatchStream),
 }
 
-/// An input as the stage gets it.
+/// An input as the stage gets it. There are a handful of them, so the difference in size costs nothing.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone)]
 pub enum StageInput {
     /// A table on a store.

@@ -142,7 +142,7 @@ mod tests {
         let mut rng = ChaCha8Rng::seed_from_u64(11);
         let entries: Vec<(u32, u32, f32)> = (0..rows as u32 - 1)
             .flat_map(|r| (1..cols as u32).map(move |c| (r, c)))
-            .filter_map(|(r, c)| rng.random_bool(0.3).then(|| (r, c, rng.random_range(-1.0..1.0))))
+            .filter_map(|(r, c)| if rng.random_bool(0.3) { Some((r, c, rng.random_range(-1.0..1.0))) } else { None })
             .collect();
         let dense = (0..cols * dim).map(|_| rng.random_range(-1.0..1.0)).collect();
         (Csr::from_entries(rows, cols, &entries).unwrap(), dense)
