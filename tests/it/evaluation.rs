@@ -44,7 +44,8 @@ fn pairs(rows: &[(i64, i64)]) -> Table {
 /// Users 1 to 5 with the items 10 to 13 at the recommender's places 1 to 4. The LLM was asked
 /// for users 1 and 2 and turns their lists round; the fused order is `fused`.
 fn ranked() -> Table {
-    let mut rows: Vec<(i64, i64, i32, i32, Option<i32>, &str)> = Vec::new();
+    type Row<'a> = (i64, i64, i32, i32, Option<i32>, &'a str);
+    let mut rows: Vec<Row<'_>> = Vec::new();
     for (user, bucket, fused, asked) in [
         (1, "tail", [4, 3, 2, 1], true),
         (2, "tail", [2, 1, 3, 4], true),

@@ -138,7 +138,8 @@ fn saving_and_loading_changes_nothing() {
 fn small_inputs_do_not_break_anything() {
     for backbone in BACKBONES {
         // users, items, interactions
-        let cases: [(usize, usize, &[(u32, u32)]); 6] = [
+        type Case<'a> = (usize, usize, &'a [(u32, u32)]);
+        let cases: [Case<'_>; 6] = [
             (0, 0, &[]),
             (2, 3, &[]),
             (1, 1, &[(0, 0)]), // has seen everything: no negative, nothing to learn
