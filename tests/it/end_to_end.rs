@@ -58,7 +58,7 @@ fn the_fused_table_keeps_its_contract() {
         world.sql("select user_id, item_id from parts.history").iter().map(pair).collect();
     let mut sources: BTreeMap<String, usize> = BTreeMap::new();
     for user in rows.chunks(5) {
-        let items: std::collections::HashSet<String> = user.iter().map(pair.1).collect();
+        let items: std::collections::HashSet<String> = user.iter().map(|r| pair(r).1).collect();
         assert_eq!(items.len(), 5, "an item twice for {}", user[0]["user_id"]);
         for (place, row) in user.iter().enumerate() {
             assert_eq!(row["rank"], place as i64 + 1);
