@@ -292,6 +292,7 @@ impl Rerank {
             return Err(Error::spec(format!("label {label} is not one token of `{}`", self.config.model))
                 .with_help("use mode = \"likelihood\" with candidate_style = \"titles\", or a smaller shortlist"));
         }
+        self.check_style(prompt)?;
         let longest = ids.len() + scored.iter().map(Vec::len).max().unwrap_or(0);
         if longest > chat.context_length() {
             return Err(Error::spec(format!(
@@ -302,6 +303,21 @@ impl Rerank {
             .with_help("make the shortlist or `history_items` smaller, or set `max_tokens` in the `prompt` stage"));
         }
         Ok(Question { prompt_digest: digest(&ids, &scored, weights, mode), ids, scored, mode: self.config.mode })
+    }
+
+    /// A prompt that names its candidates by letters wants a letter, and one that lists titles wants a title.
+    fn check_style(&self, prompt: &Prompt) -> Result<()> {
+        // Two of them, so that a title that happens to follow an initial ("L.A. Confidential") decides nothing.
+        let lettered = prompt.titles.iter().take(2).enumerate().all(|(place, title)| {
+            crate::prompts::label(place).is_some_and(|label| names_by_letter(&prompt.prompt, label, title))
+        });
+        let (mode, style) = match (self.config.mode, lettered) {
+            (Mode::Label, false) => ("label", "letters"),
+            (Mode::Likelihood, true) => ("likelihood", "titles"),
+            _ => return Ok(()),
+        };
+        Err(Error::spec(format!("mode = \"{mode}\" does not fit the prompts of `{}`", self.config.prompts))
+            .with_help(format!("set candidate_style = \"{style}\" in that stage, or the other mode here")))
     }
 
     /// Asks what is open, in segments that go to the ledger one by one.
@@ -400,6 +416,89 @@ fn score(llm: &Llm, segment: &[Question], progress: &mut dyn FnMut(usize) -> Res
                 .map(|q| ScoreRequest { prompt: q.ids.clone(), continuations: q.scored.clone() })
                 .collect();
             llm.continuation_logprobs(&requests, progress)
+        }
+    }
+}
+
+/// Whether a text shows `title` right behind its letter: `A. Alien`, `A) Alien`, `[A] Alien`.
+fn names_by_letter(text: &str, label: char, title: &str) -> bool {
+    text.match_indices(title).any(|(at, _)| {
+        let before = text[..at].trim_end().trim_end_matches(['.', ')', ':', ']', '-']);
+        let letter = before.strip_suffix(label);
+        before.len() < text[..at].trim_end().len()
+            && letter.is_some_and(|rest| !rest.chars().next_back().is_some_and(char::is_alphanumeric))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn letters_before_titles_are_seen() {
+        for text in ["Candidates:\nA. Alien\nB. Brazil", "pick: A) Alien; B) Brazil", "[A] Alien", "A: Alien"] {
+            assert!(names_by_letter(text, 'A', "Alien"), "{text}");
+        }
+        for text in ["Candidate Items: Alien; Brazil", "A Alien", "USA. Alien", "B. Alien", "no film at all"] {
+            assert!(!names_by_letter(text, 'A', "Alien"), "{text}");
+        }
+    }
+
+    fn rerank(budget: Budget, order: Order) -> Rerank {
+        let text = |s: &str| s.to_owned();
+        let (prompts, long_tail, model) = (text("p"), text("t"), text("m"));
+        let (mode, normalise) = (Mode::Label, Normalise::Mean);
+        Rerank { config: RerankConfig { prompts, long_tail, skipped: None, model, mode, normalise, budget, order } }
+    }
+
+    /// Users 0 to 4 with one prompt of 100 tokens each.
+    fn five() -> Prompts {
+        let prompt = |_| Prompt {
+            system: String::new(),
+            prompt: String::new(),
+            candidates: crate::tables::IdColumn::Int(vec![7]),
+            titles: vec!["x".to_owned()],
+            tokens: 100,
+        };
+        Prompts {
+            prompts: (0..5).map(prompt).collect(),
+            rows: (0..5).map(|u| (Id::Int(u as i64), vec![u])).collect(),
+            ids_are_int: true,
+            item_type: DataType::Int64,
+        }
+    }
+
+    fn ids(users: &[Id]) -> Vec<String> {
+        users.iter().map(Id::to_string).collect()
+    }
+
+    #[test]
+    fn the_tail_comes_first_and_ties_go_by_id() {
+        let interactions = [(0, 9), (1, 3), (2, 3), (3, 50)].map(|(u, n)| (Id::Int(u), n)).into();
+        let stage = rerank(Budget::default(), Order::TailFirst);
+        // User 4 is not in the table: nothing is known of them.
+        assert_eq!(ids(&stage.asking_order(&five(), &interactions, 1)), ["4", "1", "2", "0", "3"]);
+        let stage = rerank(Budget::default(), Order::Random);
+        let draw = |seed| ids(&stage.asking_order(&five(), &interactions, seed));
+        assert_eq!(draw(3), draw(3));
+        assert!((0..20).any(|seed| draw(seed) != draw(3)));
+    }
+
+    #[test]
+    fn the_smaller_budget_counts() {
+        let order: Vec<Id> = (0..5).map(Id::Int).collect();
+        for (users, tokens, expected) in [
+            (None, None, 5),
+            (Some(2), None, 2),
+            (Some(0), None, 0),
+            (Some(9), Some(350), 3),
+            (Some(2), Some(350), 2),
+            (None, Some(99), 0),
+            (None, Some(500), 5),
+        ] {
+            let stage = rerank(Budget { users, tokens }, Order::TailFirst);
+            let (asked, left) = stage.within_budget(&five(), order.clone());
+            assert_eq!((asked.len(), asked.len() + left.len()), (expected, 5), "{users:?} {tokens:?}");
         }
     }
 }

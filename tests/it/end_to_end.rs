@@ -275,3 +275,22 @@ fn integer_ids_and_a_log_without_time_work_too() {
     let rows = world.sql("select user_id, item_id from recommendations order by user_id limit 1");
     assert_eq!(rows[0]["user_id"], 0);
 }
+
+#[test]
+fn every_mode_orders_the_candidates() {
+    let world = World::new();
+    let likelihood = ["--set", "rerank.mode=likelihood", "--set", "prompts.candidate_style=titles"];
+    for normalise in ["sum", "mean", "unconditional"] {
+        let set = format!("rerank.normalise={normalise}");
+        let document = world.run(&[&["pipeline.toml", "--set", &set], &likelihood[..]].concat());
+        assert_eq!(stage(&document, "rerank")["counters"]["users_asked"], 10, "{normalise}");
+    }
+    // Three orders of the candidates are three prompts, of which one was asked before in none of the runs above.
+    let document = world.run(&["pipeline.toml", "--set", "prompts.permutations=3"]);
+    let counters = &stage(&document, "rerank")["counters"];
+    assert_eq!((&counters["prompts"], &counters["users_asked"]), (&30.into(), &10.into()));
+    // Letters and titles are not mixed up.
+    let wrong = ["run", "pipeline.toml", "--set", "rerank.mode=likelihood"];
+    let (_, err) = world.expect(78, &wrong);
+    assert!(err.contains("candidate_style = \"titles\""), "{err}");
+}

@@ -26,7 +26,7 @@ pub(super) struct Prompt {
 pub(super) struct Prompts {
     pub(super) prompts: Vec<Prompt>,
     pub(super) rows: BTreeMap<Id, Vec<usize>>,
-    ids_are_int: bool,
+    pub(super) ids_are_int: bool,
     pub(super) item_type: DataType,
 }
 
