@@ -32,21 +32,26 @@ impl Printer {
 
     /// To stderr, also when quiet: errors and warnings.
     pub fn always(&self, text: &str) {
-        match &self.bars {
-            // A closed stderr must not end a run.
-            Some(bars) => {
-                let _ = bars.println(text).or_else(|_| writeln!(std::io::stderr(), "{text}"));
-            }
-            None => {
-                let _ = writeln!(std::io::stderr(), "{text}");
-            }
-        }
+        // A closed stderr must not end a run.
+        self.beside_bars(|| {
+            let _ = writeln!(std::io::stderr(), "{text}");
+        });
     }
 
     /// Data: one line to stdout. A reader that has gone away is not an error.
     pub fn data(&self, text: &str) {
-        let mut out = std::io::stdout().lock();
-        let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+        self.beside_bars(|| {
+            let mut out = std::io::stdout().lock();
+            let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+        });
+    }
+
+    /// Writes while no bar is drawn, so that lines stay whole.
+    fn beside_bars(&self, write: impl FnOnce()) {
+        match &self.bars {
+            Some(bars) => bars.suspend(write),
+            None => write(),
+        }
     }
 
     /// Bytes to stdout as they are.

@@ -13,8 +13,8 @@ use super::result_document;
 use crate::error::{Error, Result};
 use crate::pipeline::events::Events;
 use crate::pipeline::nodes::Surroundings;
-use crate::pipeline::run::{RunOptions, RunReport, run};
-use crate::pipeline::{Pipeline, summary};
+use crate::pipeline::run::{RunOptions, run};
+use crate::pipeline::summary;
 use crate::stages::context::Cancel;
 
 /// Arguments of `run`.
@@ -38,25 +38,37 @@ pub struct RunArgs {
     result: Option<PathBuf>,
 }
 
-/// Runs; the result document is the last line of stdout, also when the run fails.
+/// Runs; the result document is the last line of stdout, also when the run fails. Where a person watches, the
+/// tables come after it on stderr; else it is the last line of both streams together, for schedulers that join them.
 pub async fn main(args: RunArgs, printer: &Printer) -> Result<()> {
     let run_id = new_run_id();
     let name = args.pipeline.pipeline.display().to_string();
     let outcome = work(&args, &run_id, printer).await;
-    let document = match &outcome {
-        Ok(document) => document.clone(),
-        Err(error) => result_document::failure(&name, &run_id, error),
+    let (document, texts) = match &outcome {
+        Ok((document, texts)) => (document.clone(), texts.as_slice()),
+        Err(error) => (result_document::failure(&name, &run_id, error), [].as_slice()),
     };
     let line = document.to_string();
     let written = match &args.result {
         Some(file) => fs_err::write(file, &line).map_err(|e| Error::environment("cannot write --result").because(e)),
         None => Ok(()),
     };
-    printer.data(&line);
+    let show = || texts.iter().for_each(|text| printer.say(&format!("\n{text}")));
+    match printer.bars().is_some() {
+        true => {
+            printer.data(&line);
+            show();
+        }
+        false => {
+            show();
+            printer.data(&line);
+        }
+    }
     outcome.map(|_| ()).and(written)
 }
 
-async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<Value> {
+/// The result document and the texts for a person.
+async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<(Value, Vec<String>)> {
     let pipeline = args.pipeline.load()?;
     let around = Surroundings::of(&pipeline)?;
     let options = RunOptions { from: args.from.clone(), fresh: args.fresh };
@@ -70,16 +82,9 @@ async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<Value> 
     let metrics = summary::metrics(&pipeline, &report).await?;
     let tables = summary::published(&pipeline, &report).await?;
     summary::append_run(&pipeline, &report, &tables).await?;
-    show(&pipeline, &report, printer).await?;
+    let texts = summary::texts(&pipeline, &report).await?;
     let rows = metrics.iter().map(summary::MetricRow::to_json).collect();
-    Ok(result_document::success(&pipeline, &report, rows, tables))
-}
-
-async fn show(pipeline: &Pipeline, report: &RunReport, printer: &Printer) -> Result<()> {
-    for text in summary::texts(pipeline, report).await? {
-        printer.say(&format!("\n{text}"));
-    }
-    Ok(())
+    Ok((result_document::success(&pipeline, &report, rows, tables), texts))
 }
 
 /// First signal: stop at the next row boundary. Second: the default action.
