@@ -48,12 +48,17 @@ pub fn check(model: &str, schema: &Schema, given: &Value) -> Result<()> {
     }
 }
 
-/// A checked JSON object as the backbone's config struct.
+/// A checked JSON object as the backbone's config struct; what is not given is as in `T::default()`. (Serde's own
+/// defaults would be those of a flattened part, not of the whole.)
 ///
 /// # Errors
 /// What serde finds that [`check`] does not look at (exit 78).
-pub fn parse<T: DeserializeOwned>(model: &str, given: Value) -> Result<T> {
-    serde_json::from_value(given)
+pub fn parse<T: DeserializeOwned + Serialize + Default>(model: &str, given: Value) -> Result<T> {
+    let mut full = to_json(&T::default());
+    if let (Value::Object(full), Value::Object(given)) = (&mut full, given) {
+        full.extend(given);
+    }
+    serde_json::from_value(full)
         .map_err(|e| Error::spec(format!("the hyper-parameters of `{model}` cannot be read")).because(e))
 }
 

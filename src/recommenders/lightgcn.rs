@@ -12,9 +12,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::embedding_scorer::EmbeddingScorer;
-use super::registry::{Backbone, Task};
+use super::pairwise::{self, PairwiseConfig, PairwiseModel};
+use super::registry::{Backbone, Make, Task};
 use super::sparse::{Csr, SparseMatrix};
-use super::trainer::{self, PairwiseModel, TrainerConfig};
+use super::trainer::Schedule;
 use super::{Fit, FitContext, Interactions, Recommender, hyper};
 use crate::device::ModelBackend;
 use crate::error::Result;
@@ -22,7 +23,6 @@ use crate::interactions::Histories;
 
 /// Hyper-parameters of `lightgcn`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
 pub struct LightGcnHyper {
     /// Length of the users' and items' embeddings. Default 64.
     #[schemars(range(min = 1, max = 4096))]
@@ -30,24 +30,12 @@ pub struct LightGcnHyper {
     /// Number of propagations over the graph, K. Default 3.
     #[schemars(range(min = 1, max = 10))]
     pub layers: u32,
-    /// Step size of Adam. Default 0.005; at 0.001 validation stops gaining for long on an early plateau.
-    #[schemars(range(min = 0.0, max = 1.0))]
-    pub learning_rate: f64,
     /// Weight of the L2 term on the ego embeddings of a batch. Default 0.0001.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub l2: f64,
-    /// Train pairs per step; each step propagates over the whole graph. Default 2048.
-    #[schemars(range(min = 1, max = 1_048_576))]
-    pub batch_size: u32,
-    /// At most so many passes over the train pairs; exactly so many without a `valid` table. Default 200.
-    #[schemars(range(min = 0, max = 100_000))]
-    pub epochs: u32,
-    /// Epochs from one validation (NDCG@10, full ranking) to the next. Default 2.
-    #[schemars(range(min = 1, max = 1000))]
-    pub eval_every: u32,
-    /// Validations without a gain before training stops; the best weights are kept. Default 10.
-    #[schemars(range(min = 1, max = 1000))]
-    pub patience: u32,
+    /// Steps and epochs.
+    #[serde(flatten)]
+    pub schedule: Schedule,
 }
 
 impl Default for LightGcnHyper {
@@ -55,12 +43,8 @@ impl Default for LightGcnHyper {
         LightGcnHyper {
             embedding_dim: 64,
             layers: 3,
-            learning_rate: 5e-3,
             l2: 1e-4,
-            batch_size: 2048,
-            epochs: 200,
-            eval_every: 2,
-            patience: 10,
+            schedule: Schedule { learning_rate: 5e-3, batch_size: 2048, epochs: 200, eval_every: 2, patience: 10 },
         }
     }
 }
@@ -69,10 +53,12 @@ impl Default for LightGcnHyper {
 pub const BACKBONE: Backbone = Backbone {
     name: "lightgcn",
     about: "LightGCN: embeddings smoothed over the user-item graph, BPR loss",
-    task: Task::TopK,
+    task: Task::Direct,
     schema: || schemars::schema_for!(LightGcnHyper),
-    build: |given| Ok(Box::new(hyper::parse::<LightGcnHyper>("lightgcn", given)?)),
-    load: |tensors| Ok(Box::new(EmbeddingScorer::load(tensors)?)),
+    make: Make::Ranking {
+        build: |given| Ok(Box::new(hyper::parse::<LightGcnHyper>("lightgcn", given)?)),
+        load: |_, tensors| Ok(Box::new(EmbeddingScorer::load(tensors)?)),
+    },
 };
 
 /// The model.
@@ -128,16 +114,9 @@ impl Recommender for LightGcnHyper {
     }
 
     fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {
-        let config = TrainerConfig {
-            embedding_dim: self.embedding_dim as usize,
-            learning_rate: self.learning_rate,
-            l2: self.l2,
-            batch_size: self.batch_size as usize,
-            epochs: self.epochs as usize,
-            eval_every: self.eval_every as usize,
-            patience: self.patience as usize,
-        };
-        trainer::fit(&LightGcn { layers: self.layers as usize }, &config, data, ctx)
+        let config =
+            PairwiseConfig { embedding_dim: self.embedding_dim as usize, l2: self.l2, schedule: self.schedule.clone() };
+        pairwise::fit(&LightGcn { layers: self.layers as usize }, &config, data, ctx)
     }
 }
 

@@ -7,10 +7,14 @@
 //!
 //! Adding a backbone: one file here, its `pub mod` line, its entry in [`registry::BACKBONES`].
 
+pub mod checkpoint;
 pub mod embedding_scorer;
 pub mod hyper;
 pub mod lightgcn;
 pub mod mf;
+pub mod ops;
+pub mod optim;
+pub mod pairwise;
 pub mod registry;
 pub mod saved;
 pub mod sparse;
@@ -62,6 +66,8 @@ pub struct FitContext<'a> {
     pub device: &'a Device,
     /// Progress and stop requests.
     pub watch: &'a dyn Watch,
+    /// Where an interrupted fit is kept, if anywhere.
+    pub checkpoints: Option<&'a dyn trainer::Checkpoints>,
 }
 
 /// One epoch of training.
@@ -69,10 +75,11 @@ pub struct FitContext<'a> {
 pub struct Epoch {
     /// 1-based.
     pub number: usize,
-    /// Mean training loss per pair, regularisation included.
+    /// Mean training loss per example, regularisation included.
     pub loss: f64,
-    /// NDCG@10 on the held-out pairs, full ranking; `None` where it was not measured.
-    pub valid_ndcg_10: Option<f64>,
+    /// Quality on the held-out rows, higher is better: NDCG@10 over the full ranking, or for a rating model its
+    /// RMSE with a minus sign; `None` where it was not measured.
+    pub valid: Option<f64>,
     /// Wall seconds of the epoch: sampling, batching and updates, without validation.
     pub seconds: f64,
 }
@@ -123,6 +130,12 @@ pub trait Scorer: Send + Sync {
     /// # Panics
     /// When `out` has another length or a user is unknown (our bug).
     fn score(&self, users: &[u32], history: &Histories, out: &mut [f32]);
+
+    /// The model as it scores once `history` is known, where that takes more than reading one user's history: a
+    /// graph model propagates over the graph of `history`. `None` where [`Scorer::score`] is enough.
+    fn with_history(&self, _history: &Histories) -> Option<Box<dyn Scorer>> {
+        None
+    }
 
     /// `[users, dim]`, where the model has one vector per user.
     fn user_embeddings(&self) -> Option<Embeddings<'_>> {

@@ -11,7 +11,11 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {
     /// A ranked set of items; the order of the history does not matter.
-    TopK,
+    Direct,
+    /// The next item after a history in time order.
+    Sequential,
+    /// The rating of a (user, item) pair.
+    Rating,
 }
 
 /// One backbone.
@@ -24,10 +28,20 @@ pub struct Backbone {
     pub task: Task,
     /// JSON Schema of its hyper-parameters, from the type that `build` reads.
     pub schema: fn() -> Schema,
-    /// Hyper-parameters (already checked against `schema`) -> recommender.
-    pub build: fn(hyper: Value) -> Result<Box<dyn Recommender>>,
-    /// Weights -> scorer; errors (exit 65) name the tensor that is missing or has a wrong shape.
-    pub load: fn(tensors: &Tensors) -> Result<Box<dyn Scorer>>,
+    /// How to make it.
+    pub make: Make,
+}
+
+/// Hyper-parameters (already checked against the schema) -> a model to fit; its hyper-parameters in full and saved
+/// weights -> a fitted model. `load`'s errors (exit 65) name the tensor that is missing or has a wrong shape.
+pub enum Make {
+    /// Ranks items: tasks direct and sequential.
+    Ranking {
+        /// To fit.
+        build: fn(hyper: Value) -> Result<Box<dyn Recommender>>,
+        /// From a file.
+        load: fn(hyper: &Value, tensors: &Tensors) -> Result<Box<dyn Scorer>>,
+    },
 }
 
 /// The backbones in the order of the docs.
@@ -51,7 +65,19 @@ impl Backbone {
     /// A name that this backbone does not know, a value outside its range or of another type (exit 78).
     pub fn recommender(&self, given: &Value) -> Result<Box<dyn Recommender>> {
         hyper::check(self.name, &(self.schema)(), given)?;
-        (self.build)(given.clone())
+        match &self.make {
+            Make::Ranking { build, .. } => build(given.clone()),
+        }
+    }
+
+    /// The fitted model of a file.
+    ///
+    /// # Errors
+    /// A tensor is missing or has a wrong shape (exit 65).
+    pub fn scorer(&self, hyper: &Value, tensors: &Tensors) -> Result<Box<dyn Scorer>> {
+        match &self.make {
+            Make::Ranking { load, .. } => load(hyper, tensors),
+        }
     }
 }
 

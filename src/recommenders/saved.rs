@@ -60,6 +60,26 @@ impl Tensors {
         Tensors(tensors.into_iter().map(|t| (t.name.clone(), t)).collect())
     }
 
+    /// Whether there is a tensor of that name.
+    pub fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    /// The values of the tensor of that name and shape.
+    ///
+    /// # Errors
+    /// There is none, or it has another shape (exit 65).
+    pub fn shaped(&self, name: &str, shape: &[usize]) -> Result<&[f32]> {
+        let tensor = self.get(name)?;
+        match tensor.shape == shape {
+            true => Ok(&tensor.values),
+            false => Err(damaged(
+                WEIGHTS_FILE,
+                format!("its tensor `{name}` has shape {:?}, {shape:?} is wanted", tensor.shape),
+            )),
+        }
+    }
+
     /// The tensor of that name.
     ///
     /// # Errors
@@ -179,15 +199,8 @@ impl TrainedModel {
             .map_err(|e| damaged(WEIGHTS_FILE, format!("it is no safetensors file: {e}")))?;
         let users = read_ids(&weights, "user_ids")?;
         let items = read_ids(&weights, "item_ids")?;
-        let mut tensors = Vec::new();
-        for (name, view) in weights.tensors() {
-            if view.dtype() == Dtype::F32 {
-                let values =
-                    view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-                tensors.push(NamedTensor { name, shape: view.shape().to_vec(), values });
-            }
-        }
-        let scorer = (backbone.load)(&Tensors::new(tensors)).map_err(|e| e.at(WEIGHTS_FILE))?;
+        let tensors = Tensors::new(f32_tensors(&weights));
+        let scorer = backbone.scorer(&card.hyper, &tensors).map_err(|e| e.at(WEIGHTS_FILE))?;
         let sizes = [(users.len(), card.users, scorer.n_users()), (items.len(), card.items, scorer.n_items())];
         if sizes.iter().any(|&(ids, card, rows)| ids != card || ids != rows) {
             let told = format!("ids, card and weights disagree about the number of users and items: {sizes:?}");
@@ -195,6 +208,43 @@ impl TrainedModel {
         }
         Ok(TrainedModel { card, users, items, scorer })
     }
+}
+
+/// f32 tensors as a safetensors file.
+///
+/// # Errors
+/// Only our bugs.
+pub fn write_f32(tensors: &[NamedTensor]) -> Result<Vec<u8>> {
+    let raw: Vec<Vec<u8>> = tensors.iter().map(|t| le_bytes(&t.values, |v| v.to_le_bytes())).collect();
+    let views = tensors
+        .iter()
+        .zip(&raw)
+        .map(|(t, bytes)| Ok((&t.name, TensorView::new(Dtype::F32, t.shape.clone(), bytes)?)))
+        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
+    views
+        .and_then(|views| safetensors::serialize(views, None))
+        .map_err(|e| Error::internal("tensors cannot be written as safetensors").because(e))
+}
+
+/// The f32 tensors of a safetensors file called `name`.
+///
+/// # Errors
+/// It is no safetensors file (exit 65).
+pub fn read_f32(bytes: &[u8], name: &str) -> Result<Vec<NamedTensor>> {
+    let file = SafeTensors::deserialize(bytes)
+        .map_err(|e| Error::data(format!("`{name}` is no safetensors file")).because(e))?;
+    Ok(f32_tensors(&file))
+}
+
+fn f32_tensors(file: &SafeTensors<'_>) -> Vec<NamedTensor> {
+    let mut tensors = Vec::new();
+    for (name, view) in file.tensors() {
+        if view.dtype() == Dtype::F32 {
+            let values = view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            tensors.push(NamedTensor { name, shape: view.shape().to_vec(), values });
+        }
+    }
+    tensors
 }
 
 fn le_bytes<T: Copy, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u8; N]) -> Vec<u8> {

@@ -221,12 +221,12 @@ impl Work {
 
         let opened = self.device.open()?;
         self.progress.observer.note(&opened.why);
-        let ctx = FitContext { seed: self.seed, device: &opened.device, watch: &self.progress };
+        let ctx = FitContext { seed: self.seed, device: &opened.device, watch: &self.progress, checkpoints: None };
         let fit = self.recommender.fit(&data, &ctx)?;
         let best = fit
             .epochs
             .iter()
-            .filter_map(|e| e.valid_ndcg_10)
+            .filter_map(|e| e.valid)
             .fold(None, |best: Option<f64>, value| Some(best.map_or(value, |best| best.max(value))));
         if let Some(best) = best {
             let ran = fit.epochs.len();
@@ -264,7 +264,7 @@ impl Work {
         let epochs = Table::from_columns(vec![
             ("epoch", Arc::new(Int32Array::from_iter_values(log.iter().map(|e| e.number as i32))), false),
             ("loss", Arc::new(Float64Array::from_iter_values(log.iter().map(|e| e.loss))), false),
-            ("valid_ndcg_10", Arc::new(log.iter().map(|e| e.valid_ndcg_10).collect::<Float64Array>()), true),
+            ("valid_ndcg_10", Arc::new(log.iter().map(|e| e.valid).collect::<Float64Array>()), true),
             ("seconds", Arc::new(Float64Array::from_iter_values(log.iter().map(|e| e.seconds))), false),
         ])?;
         let mut result = StageResult::default().with_table("epochs", epochs);

@@ -27,7 +27,7 @@ fn fit_watched(
     seed: u64,
     watch: &dyn Watch,
 ) -> Result<Fit> {
-    backbone.recommender(hyper)?.fit(data, &FitContext { seed, device: &device(), watch })
+    backbone.recommender(hyper)?.fit(data, &FitContext { seed, device: &device(), watch, checkpoints: None })
 }
 
 fn fit(backbone: &Backbone, hyper: &Value, data: &Interactions<'_>, seed: u64) -> Fit {
@@ -176,10 +176,9 @@ fn the_best_epoch_by_validation_is_kept() {
         let fit = fit(backbone, &hyper, &data, 4);
         assert!(fit.epochs.len() < 200, "{}: training should stop early", backbone.name);
         for epoch in &fit.epochs {
-            assert_eq!(epoch.valid_ndcg_10.is_some(), epoch.number % 3 == 0, "{}: {epoch:?}", backbone.name);
+            assert_eq!(epoch.valid.is_some(), epoch.number % 3 == 0, "{}: {epoch:?}", backbone.name);
         }
-        let measured: Vec<(usize, f64)> =
-            fit.epochs.iter().filter_map(|e| Some((e.number, e.valid_ndcg_10?))).collect();
+        let measured: Vec<(usize, f64)> = fit.epochs.iter().filter_map(|e| Some((e.number, e.valid?))).collect();
         let best = measured.iter().map(|m| m.1).fold(0.0, f64::max);
         // The first epoch that reached the best value, then `patience` more validations.
         let (at, _) = *measured.iter().find(|m| m.1 == best).unwrap();
@@ -199,7 +198,7 @@ fn without_validation_all_epochs_are_run_and_the_last_is_kept() {
         hyper["epochs"] = 7.into();
         let fit = fit(backbone, &hyper, &all(&train, 10), 4);
         assert_eq!((fit.epochs.len(), fit.best_epoch), (7, 7), "{}", backbone.name);
-        assert!(fit.epochs.iter().all(|e| e.valid_ndcg_10.is_none()));
+        assert!(fit.epochs.iter().all(|e| e.valid.is_none()));
     }
 }
 

@@ -100,13 +100,15 @@ fn ml100k_five_seeds() {
         for seed in 1..=5 {
             let (wall, cpu) = (std::time::Instant::now(), cpu_seconds());
             let recommender = registry::find(model).unwrap().recommender(&json!({})).unwrap();
-            let fit = recommender.fit(&split.data(), &FitContext { seed, device: &device, watch: &Unwatched }).unwrap();
+            let fit = recommender
+                .fit(&split.data(), &FitContext { seed, device: &device, watch: &Unwatched, checkpoints: None })
+                .unwrap();
             let (wall, cpu) = (wall.elapsed().as_secs_f64(), cpu_seconds() - cpu);
             let ranks = topk::ranks(fit.scorer.as_ref(), &split.test, &split.known, &split.known);
             for (column, (_, metric)) in columns.iter_mut().zip(&metrics) {
                 column.push(ranks.iter().map(|&r| metric(r)).sum::<f64>() / ranks.len() as f64);
             }
-            valid.push(fit.epochs.iter().filter_map(|e| e.valid_ndcg_10).fold(0.0, f64::max));
+            valid.push(fit.epochs.iter().filter_map(|e| e.valid).fold(0.0, f64::max));
             eprintln!(
                 "{model} seed {seed}: epoch {} of {}, validation NDCG@10 {:.4}, test Hit@3 {:.4}, {wall:.1} s, {cpu:.1} CPU s",
                 fit.best_epoch,
@@ -149,7 +151,8 @@ fn ml100k_epoch_seconds() {
     for model in ["mf", "lightgcn"] {
         let clock = Clock(Mutex::new((cpu_seconds(), Vec::new())));
         let recommender = registry::find(model).unwrap().recommender(&hyper).unwrap();
-        let fit = recommender.fit(&data, &FitContext { seed: 1, device: &device, watch: &clock }).unwrap();
+        let fit =
+            recommender.fit(&data, &FitContext { seed: 1, device: &device, watch: &clock, checkpoints: None }).unwrap();
         let (mut cpu, mut wall) =
             (clock.0.into_inner().unwrap().1, fit.epochs.iter().map(|e| e.seconds).collect::<Vec<_>>());
         cpu.remove(0); // the first one holds the building of the graph too

@@ -1,0 +1,10 @@
+//! Operations that models share and that a back end may do in one piece, without the large tensors between.
+//!
+//! In: tensors. Out: tensors with gradients. Each has a form in Burn's own operations, which every back end
+//! has, and a fused one for the CPU.
+
+mod attention;
+mod cross_entropy;
+
+pub use attention::{AttentionBackend, AttentionMask, attention};
+pub use cross_entropy::{CrossEntropyBackend, linear_cross_entropy};

@@ -1,0 +1,340 @@
+//! Weights by name with their moments.
+
+use std::cell::RefCell;
+
+use burn::backend::Autodiff;
+use burn::tensor::backend::Backend;
+use burn::tensor::{ElementConversion, Int, Tensor, TensorData};
+
+use super::adam::{Adam, AdamBackend};
+use crate::error::Result;
+use crate::recommenders::saved::{NamedTensor, Tensors};
+
+/// A weight of some [`Params`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParamId(usize);
+
+/// All weights of a model.
+pub struct Params<B: Backend> {
+    device: B::Device,
+    list: Vec<Param<B>>,
+    steps: usize,
+}
+
+/// Values and moments are flat; `shape` is how the model sees them.
+struct Param<B: Backend> {
+    name: String,
+    shape: Vec<usize>,
+    value: Tensor<B, 1>,
+    moments: Option<(Tensor<B, 1>, Tensor<B, 1>)>,
+}
+
+/// The weights as a model reads them, with or without gradients.
+pub struct Vars<B: Backend> {
+    list: Vec<(Vec<usize>, Tensor<B, 1>)>,
+    tracked: bool,
+    rows: RefCell<Vec<RowLeaf<B>>>,
+}
+
+/// Rows of a table that a model has read.
+struct RowLeaf<B: Backend> {
+    param: usize,
+    rows: Vec<u32>,
+    leaf: Tensor<B, 2>,
+}
+
+impl<B: Backend> Params<B> {
+    /// No weights yet.
+    pub fn new(device: &B::Device) -> Self {
+        Params { device: device.clone(), list: Vec::new(), steps: 0 }
+    }
+
+    /// Where they live.
+    pub fn device(&self) -> &B::Device {
+        &self.device
+    }
+
+    /// Adds a weight.
+    ///
+    /// # Panics
+    /// When `values` are not as many as `shape` says (our bug).
+    pub fn add(&mut self, name: &str, shape: &[usize], values: Vec<f32>) -> ParamId {
+        let n: usize = shape.iter().product();
+        assert_eq!(values.len(), n, "weight `{name}` does not have its shape {shape:?}");
+        let value = Tensor::from_data(TensorData::new(values, [n]), &self.device);
+        self.list.push(Param { name: name.to_owned(), shape: shape.to_vec(), value, moments: None });
+        ParamId(self.list.len() - 1)
+    }
+
+    /// The weights without gradients.
+    pub fn constants(&self) -> Vars<B> {
+        let list = self.list.iter().map(|p| (p.shape.clone(), p.value.clone())).collect();
+        Vars { list, tracked: false, rows: RefCell::default() }
+    }
+
+    /// The weights with gradients.
+    pub fn tracked(&self) -> Vars<Autodiff<B>> {
+        let leaf = |p: &Param<B>| Tensor::<Autodiff<B>, 1>::from_inner(p.value.clone()).require_grad();
+        let list = self.list.iter().map(|p| (p.shape.clone(), leaf(p))).collect();
+        Vars { list, tracked: true, rows: RefCell::default() }
+    }
+
+    /// The weights' values on the host.
+    pub fn tensors(&self) -> Vec<NamedTensor> {
+        self.list.iter().map(|p| NamedTensor::new(&p.name, p.shape.clone(), host(&p.value))).collect()
+    }
+
+    /// Replaces the values by those of the same names.
+    ///
+    /// # Errors
+    /// One is missing or has another shape (exit 65).
+    pub fn set(&mut self, tensors: &Tensors) -> Result<()> {
+        for p in &mut self.list {
+            let values = tensors.shaped(&p.name, &p.shape)?;
+            p.value = Tensor::from_data(TensorData::new(values.to_vec(), [values.len()]), &self.device);
+        }
+        Ok(())
+    }
+
+    /// Values, moments and the number of steps, for a checkpoint.
+    pub fn state(&self) -> Vec<NamedTensor> {
+        let mut all = self.tensors();
+        for p in &self.list {
+            if let Some((m, v)) = &p.moments {
+                all.push(NamedTensor::new(&format!("{}.m", p.name), p.shape.clone(), host(m)));
+                all.push(NamedTensor::new(&format!("{}.v", p.name), p.shape.clone(), host(v)));
+            }
+        }
+        // Exact below 2^24 in each half.
+        let steps = vec![(self.steps >> 20) as f32, (self.steps & 0xF_FFFF) as f32];
+        all.push(NamedTensor::new("adam.steps", vec![2], steps));
+        all
+    }
+
+    /// Takes back what [`Params::state`] gave.
+    ///
+    /// # Errors
+    /// A tensor is missing or has another shape (exit 65).
+    pub fn restore(&mut self, state: &Tensors) -> Result<()> {
+        self.set(state)?;
+        let steps = state.shaped("adam.steps", &[2])?;
+        self.steps = ((steps[0] as usize) << 20) + steps[1] as usize;
+        for p in &mut self.list {
+            let device = &self.device;
+            let tensor = |values: &[f32]| Tensor::from_data(TensorData::new(values.to_vec(), [values.len()]), device);
+            let (m, v) = (format!("{}.m", p.name), format!("{}.v", p.name));
+            p.moments = match state.has(&m) {
+                true => Some((tensor(state.shaped(&m, &p.shape)?), tensor(state.shaped(&v, &p.shape)?))),
+                false => None,
+            };
+        }
+        Ok(())
+    }
+}
+
+impl<B: AdamBackend> Params<B> {
+    /// One step of Adam down the gradient of `loss`, and the value of `loss` (still on the device).
+    ///
+    /// # Panics
+    /// When a table was read both whole and by rows (our bug).
+    pub fn step(&mut self, loss: Tensor<Autodiff<B>, 1>, vars: Vars<Autodiff<B>>, adam: &Adam) -> Tensor<B, 1> {
+        self.steps += 1;
+        let mut grads = loss.backward();
+        let mut whole: Vec<Option<Tensor<B, 1>>> =
+            vars.list.iter().map(|(_, leaf)| leaf.grad_remove(&mut grads)).collect();
+        let mut by_rows: Vec<(usize, Vec<u32>, Tensor<B, 2>)> = Vec::new();
+        for read in vars.rows.into_inner() {
+            assert!(whole[read.param].is_none(), "`{}` was read whole and by rows", self.list[read.param].name);
+            if let Some(grad) = read.leaf.grad_remove(&mut grads) {
+                by_rows.push((read.param, read.rows, grad));
+            }
+        }
+        let mut by_rows = merged::<B>(by_rows);
+        let scale = adam.clip_norm.map(|limit| {
+            let squares = |g: Tensor<B, 1>| g.powi_scalar(2).sum();
+            let mut sum = Tensor::<B, 1>::zeros([1], &self.device);
+            for g in whole.iter().flatten() {
+                sum = sum + squares(g.clone());
+            }
+            for (_, _, g) in &by_rows {
+                sum = sum + squares(g.clone());
+            }
+            ((sum.sqrt() + 1e-6).recip() * limit as f32).clamp_max(1.0)
+        });
+        if let Some(scale) = scale {
+            for g in whole.iter_mut().flatten().chain(by_rows.iter_mut().map(|(_, _, g)| g)) {
+                *g = g.clone() * scale.clone();
+            }
+        }
+        let step = adam.step(self.steps);
+        for (param, grad) in self.list.iter_mut().zip(whole) {
+            if let Some(grad) = grad {
+                param.update(|state| B::adam(state, grad, step));
+            }
+        }
+        for (n, rows, grad) in by_rows {
+            let dim = self.list[n].shape[1];
+            self.list[n].update(|state| B::adam_rows(state, dim, &rows, grad, step));
+        }
+        loss.inner()
+    }
+}
+
+impl<B: Backend> Param<B> {
+    fn update(&mut self, step: impl FnOnce(super::adam::State<B>) -> super::adam::State<B>) {
+        let device = self.value.device();
+        let empty = || Tensor::zeros([0], &device);
+        // The value is moved out, so that the step may write into its memory.
+        let value = std::mem::replace(&mut self.value, empty());
+        let n = value.dims()[0];
+        let (m, v) = self.moments.take().unwrap_or_else(|| (Tensor::zeros([n], &device), Tensor::zeros([n], &device)));
+        let (value, m, v) = step((value, m, v));
+        self.value = value;
+        self.moments = Some((m, v));
+    }
+}
+
+/// Gradients of rows by table, with one row each: those that were read several times are summed in a fixed order.
+fn merged<B: Backend>(reads: Vec<(usize, Vec<u32>, Tensor<B, 2>)>) -> Vec<(usize, Vec<u32>, Tensor<B, 1>)> {
+    let mut tables: Vec<usize> = reads.iter().map(|r| r.0).collect();
+    tables.sort_unstable();
+    tables.dedup();
+    let of_table = |table: usize| {
+        let mine: Vec<_> = reads.iter().filter(|r| r.0 == table).collect();
+        let all: Vec<u32> = mine.iter().flat_map(|r| r.1.iter().copied()).collect();
+        let grads = Tensor::cat(mine.iter().map(|r| r.2.clone()).collect(), 0);
+        let mut distinct = all.clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let [n, dim] = grads.dims();
+        let rows = distinct.len();
+        let device = grads.device();
+        let place = |row: &u32| distinct.binary_search(row).expect("`distinct` holds every row") as i32;
+        let index: Vec<i32> = all.iter().map(place).collect();
+        let index = Tensor::<B, 1, Int>::from_data(TensorData::new(index, [n]), &device);
+        let sums = Tensor::<B, 2>::zeros([rows, dim], &device);
+        let sums = sums.select_assign(0, index, grads, burn::tensor::IndexingUpdateOp::Add);
+        (table, distinct, sums.reshape([rows * dim]))
+    };
+    tables.into_iter().map(of_table).collect()
+}
+
+impl<B: Backend> Vars<B> {
+    /// A weight whole.
+    ///
+    /// # Panics
+    /// When it does not have `D` dimensions (our bug).
+    pub fn get<const D: usize>(&self, id: ParamId) -> Tensor<B, D> {
+        let (shape, value) = &self.list[id.0];
+        let shape: [usize; D] =
+            shape.as_slice().try_into().expect("a weight is read with its own number of dimensions");
+        value.clone().reshape(shape)
+    }
+
+    /// Rows of a table `[n, dim]`: `[rows.len(), dim]`, repeats allowed. In a step only these rows are updated.
+    ///
+    /// # Panics
+    /// When it is no table (our bug).
+    pub fn rows(&self, id: ParamId, rows: &[u32]) -> Tensor<B, 2> {
+        let (shape, value) = &self.list[id.0];
+        let &[n, dim] = shape.as_slice() else { panic!("rows of a weight of shape {shape:?}") };
+        let index: Vec<i32> = rows.iter().map(|&r| r as i32).collect();
+        let index = Tensor::<B, 1, Int>::from_data(TensorData::new(index, [rows.len()]), &value.device());
+        let table = value.clone().detach().reshape([n, dim]);
+        let read = table.select(0, index);
+        if !self.tracked {
+            return read;
+        }
+        let leaf = read.detach().require_grad();
+        self.rows.borrow_mut().push(RowLeaf { param: id.0, rows: rows.to_vec(), leaf: leaf.clone() });
+        leaf
+    }
+}
+
+fn host<B: Backend>(values: &Tensor<B, 1>) -> Vec<f32> {
+    values.to_data().iter::<f32>().map(|x| x.elem()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::backend::Flex;
+
+    type A = Autodiff<Flex>;
+
+    fn table() -> Vec<f32> {
+        (0..12).map(|n| (n as f32 * 0.7).sin()).collect()
+    }
+
+    /// Loss: sum over reads of (row . weights)^2.
+    fn loss(rows: Tensor<A, 2>, vars: &Vars<A>, w: ParamId) -> Tensor<A, 1> {
+        (rows * vars.get::<1>(w).reshape([1, 3])).sum_dim(1).powi_scalar(2).sum()
+    }
+
+    #[test]
+    fn rows_learn_as_the_whole_table_does() {
+        let run = |by_rows: bool, clip: Option<f64>| {
+            let mut params = Params::<Flex>::new(&Default::default());
+            let t = params.add("t", &[4, 3], table());
+            let w = params.add("w", &[3], vec![0.5, -1.0, 2.0]);
+            let adam = Adam { clip_norm: clip, ..Adam::new(0.1) };
+            // Row 2 twice; every row at each step, since rows that are not read differ by design.
+            let index = [2u32, 0, 2, 1, 3];
+            for _ in 0..3 {
+                let vars = params.tracked();
+                let rows = match by_rows {
+                    true => vars.rows(t, &index),
+                    false => {
+                        let index = Tensor::<A, 1, Int>::from_data([2, 0, 2, 1, 3], &Default::default());
+                        vars.get::<2>(t).select(0, index)
+                    }
+                };
+                let loss = loss(rows, &vars, w);
+                params.step(loss, vars, &adam);
+            }
+            params.tensors()
+        };
+        for clip in [None, Some(0.5)] {
+            for (a, b) in run(true, clip).iter().zip(&run(false, clip)) {
+                for (x, y) in a.values.iter().zip(&b.values) {
+                    assert!((x - y).abs() < 1e-5, "{}: {x} is not {y}", a.name);
+                }
+            }
+        }
+        assert_ne!(run(true, None)[0].values, run(true, Some(0.5))[0].values);
+    }
+
+    #[test]
+    fn a_restored_state_goes_on_to_the_same_bits() {
+        let make = || {
+            let mut params = Params::<Flex>::new(&Default::default());
+            let t = params.add("t", &[4, 3], table());
+            let w = params.add("w", &[3], vec![0.5, -1.0, 2.0]);
+            (params, t, w)
+        };
+        let step = |params: &mut Params<Flex>, t, w, row: u32| {
+            let vars = params.tracked();
+            let loss = loss(vars.rows(t, &[row]), &vars, w);
+            params.step(loss, vars, &Adam::new(0.1));
+        };
+        let (mut straight, t, w) = make();
+        step(&mut straight, t, w, 1);
+        let state = straight.state();
+        step(&mut straight, t, w, 2);
+        let (mut resumed, t, w) = make();
+        resumed.restore(&Tensors::new(state)).unwrap();
+        step(&mut resumed, t, w, 2);
+        assert_eq!(resumed.state(), straight.state());
+        assert!(resumed.restore(&Tensors::new(Vec::new())).is_err());
+    }
+
+    #[test]
+    fn the_number_of_steps_survives_beyond_what_f32_counts() {
+        let mut params = Params::<Flex>::new(&Default::default());
+        params.steps = (1 << 30) + 12_345;
+        let state = params.state();
+        params.steps = 0;
+        params.restore(&Tensors::new(state)).unwrap();
+        assert_eq!(params.steps, (1 << 30) + 12_345);
+    }
+}
