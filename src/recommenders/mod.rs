@@ -9,12 +9,14 @@
 
 pub mod checkpoint;
 pub mod embedding_scorer;
+pub mod graph;
 pub mod hyper;
 pub mod lightgcn;
 pub mod mf;
 pub mod ops;
 pub mod optim;
 pub mod pairwise;
+pub mod ranking_loss;
 pub mod registry;
 pub mod saved;
 pub mod sparse;

@@ -143,7 +143,10 @@ impl<B: AdamBackend> Params<B> {
         let mut whole: Vec<Option<Tensor<B, 1>>> =
             vars.list.iter().map(|(_, leaf)| leaf.grad_remove(&mut grads)).collect();
         let mut by_rows: Vec<(usize, Vec<u32>, Tensor<B, 2>)> = Vec::new();
-        for read in vars.rows.into_inner() {
+        // Whole tables must have one owner when their step is taken, or it copies them.
+        let Vars { list, rows, .. } = vars;
+        drop(list);
+        for read in rows.into_inner() {
             assert!(whole[read.param].is_none(), "`{}` was read whole and by rows", self.list[read.param].name);
             if let Some(grad) = read.leaf.grad_remove(&mut grads) {
                 by_rows.push((read.param, read.rows, grad));
