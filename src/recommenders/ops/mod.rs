@@ -5,6 +5,8 @@
 
 mod attention;
 mod cross_entropy;
+mod exp;
+mod linear_softmax;
 
 pub use attention::{AttentionBackend, AttentionMask, attention};
-pub use cross_entropy::{CrossEntropyBackend, linear_cross_entropy};
+pub use cross_entropy::{CrossEntropyBackend, LinearSoftmax, LossAndGradients, linear_cross_entropy};
