@@ -77,7 +77,15 @@ fn greatest_body(row: &[f32]) -> f32 {
             *lane = larger(*lane, x);
         }
     }
-    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = larger(*lane, x);
+    }
+    for half in [16, 8, 4, 2, 1] {
+        for n in 0..half {
+            lanes[n] = larger(lanes[n], lanes[n + half]);
+        }
+    }
+    lanes[0]
 }
 
 #[inline(always)]
@@ -90,17 +98,22 @@ fn exponentials_body<const FMA: bool>(row: &mut [f32], shift: f32) -> f32 {
             *lane += *x;
         }
     }
-    let mut sum = 0.0;
-    for x in rest {
-        *x = exp::<FMA>(*x - shift);
-        sum += *x;
+    if !rest.is_empty() {
+        // Whole vectors again; what is not there counts as exp(-87.3), which changes no sum that matters.
+        let mut last = [f32::NEG_INFINITY; LANES];
+        last[..rest.len()].copy_from_slice(rest);
+        for (lane, x) in lanes.iter_mut().zip(&mut last) {
+            *x = exp::<FMA>(*x - shift);
+            *lane += *x;
+        }
+        rest.copy_from_slice(&last[..rest.len()]);
     }
     for half in [16, 8, 4, 2, 1] {
         for n in 0..half {
             lanes[n] += lanes[n + half];
         }
     }
-    sum + lanes[0]
+    lanes[0]
 }
 
 /// `exp(x)` for `x <= 0`, without branches: `2^n * exp(r)` with `|r| <= ln 2 / 2` and the polynomial of Cephes'
