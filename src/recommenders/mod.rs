@@ -16,6 +16,8 @@ pub mod mf;
 pub mod ops;
 pub mod optim;
 pub mod pairwise;
+#[cfg(test)]
+mod pairwise_golden;
 pub mod ranking_loss;
 pub mod registry;
 pub mod saved;
