@@ -15,6 +15,7 @@ pub mod mf;
 pub mod ops;
 pub mod optim;
 pub mod pairwise;
+pub mod rating;
 pub mod registry;
 pub mod saved;
 pub mod sparse;
