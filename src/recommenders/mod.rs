@@ -8,6 +8,7 @@
 //! Adding a backbone: one file here, its `pub mod` line, its entry in [`registry::BACKBONES`].
 
 pub mod checkpoint;
+pub mod deepfm;
 pub mod embedding_scorer;
 pub mod hyper;
 pub mod lightgcn;
