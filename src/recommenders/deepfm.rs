@@ -120,3 +120,11 @@ impl RatingRecommender for DeepFm {
         learner::fit(self, data, ctx)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn values_and_gradients_equal_the_golden_ones() {
+        super::super::rating::golden::check("deepfm", super::parse);
+    }
+}

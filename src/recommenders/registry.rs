@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::rating::{Predictor, RatingRecommender};
 use super::saved::Tensors;
-use super::{Recommender, Scorer, deepfm, hyper, lightgcn, mf};
+use super::{Recommender, Scorer, afm, autoint, dcn, deepfm, hyper, lightgcn, mf, nfm, xdeepfm};
 use crate::error::{Error, Result};
 use crate::interactions::fields::FieldSet;
 
@@ -54,7 +54,16 @@ pub enum Make {
 }
 
 /// The backbones in the order of the docs.
-pub static BACKBONES: &[Backbone] = &[mf::BACKBONE, lightgcn::BACKBONE, deepfm::BACKBONE];
+pub static BACKBONES: &[Backbone] = &[
+    mf::BACKBONE,
+    lightgcn::BACKBONE,
+    deepfm::BACKBONE,
+    nfm::BACKBONE,
+    dcn::BACKBONE,
+    afm::BACKBONE,
+    xdeepfm::BACKBONE,
+    autoint::BACKBONE,
+];
 
 /// The backbone of that name.
 ///

@@ -205,7 +205,7 @@ impl<M: RatingModel, B: ModelBackend> Network<M, B> {
     }
 
     /// Loss `[1]` of a batch with `ratings [batch]`.
-    fn loss<C: ModelBackend>(
+    pub(super) fn loss<C: ModelBackend>(
         &self,
         vars: &Vars<C>,
         batch: &Batch,
