@@ -21,6 +21,8 @@ pub mod nfm;
 pub mod ops;
 pub mod optim;
 pub mod pairwise;
+#[cfg(test)]
+mod pairwise_golden;
 pub mod ranking_loss;
 pub mod rating;
 pub mod registry;
