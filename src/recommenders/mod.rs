@@ -8,13 +8,22 @@
 //! Adding a backbone: one file here, its `pub mod` line, its entry in [`registry::BACKBONES`].
 
 pub mod checkpoint;
+#[cfg(test)]
+mod closed_form_tests;
+pub mod ease;
 pub mod embedding_scorer;
+pub mod gf_cf;
 pub mod hyper;
+pub mod ials;
+pub mod item_item;
+pub mod item_knn;
 pub mod lightgcn;
+pub mod linear_algebra;
 pub mod mf;
 pub mod ops;
 pub mod optim;
 pub mod pairwise;
+pub mod popularity;
 pub mod registry;
 pub mod saved;
 pub mod sparse;
