@@ -10,12 +10,21 @@
 pub mod afm;
 pub mod autoint;
 pub mod checkpoint;
+#[cfg(test)]
+mod closed_form_tests;
 pub mod dcn;
 pub mod deepfm;
+pub mod ease;
 pub mod embedding_scorer;
+pub mod embedding_scorer;
+pub mod gf_cf;
 pub mod graph;
 pub mod hyper;
+pub mod ials;
+pub mod item_item;
+pub mod item_knn;
 pub mod lightgcn;
+pub mod linear_algebra;
 pub mod mf;
 pub mod nfm;
 pub mod ops;
@@ -23,6 +32,7 @@ pub mod optim;
 pub mod pairwise;
 #[cfg(test)]
 mod pairwise_golden;
+pub mod popularity;
 pub mod ranking_loss;
 pub mod rating;
 pub mod registry;
