@@ -7,19 +7,28 @@
 //!
 //! Adding a backbone: one file here, its `pub mod` line, its entry in [`registry::BACKBONES`].
 
+pub mod afm;
+pub mod autoint;
 pub mod checkpoint;
+pub mod dcn;
+pub mod deepfm;
 pub mod embedding_scorer;
+pub mod graph;
 pub mod hyper;
 pub mod lightgcn;
 pub mod mf;
+pub mod nfm;
 pub mod ops;
 pub mod optim;
 pub mod pairwise;
+pub mod ranking_loss;
+pub mod rating;
 pub mod registry;
 pub mod saved;
 pub mod sparse;
 pub mod topk;
 pub mod trainer;
+pub mod xdeepfm;
 
 use crate::device::Device;
 use crate::error::Result;
