@@ -4,7 +4,7 @@ use schemars::Schema;
 use serde_json::Value;
 
 use super::saved::Tensors;
-use super::{Recommender, Scorer, hyper, lightgcn, mf};
+use super::{Recommender, Scorer, hyper, lightgcn, mf, sasrec};
 use crate::error::{Error, Result};
 
 /// What a backbone predicts.
@@ -45,7 +45,7 @@ pub enum Make {
 }
 
 /// The backbones in the order of the docs.
-pub static BACKBONES: &[Backbone] = &[mf::BACKBONE, lightgcn::BACKBONE];
+pub static BACKBONES: &[Backbone] = &[mf::BACKBONE, lightgcn::BACKBONE, sasrec::BACKBONE];
 
 /// The backbone of that name.
 ///
