@@ -2,11 +2,19 @@
 //!
 //! In: queries, keys and values `[batch, length, dim]`. Out: `[batch, length, dim]`.
 
+use std::sync::Arc;
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::{Autodiff, Flex};
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
-use burn::tensor::{Bool, Tensor, TensorData};
+use burn::tensor::{Bool, Tensor, TensorData, TensorPrimitive};
+
+use super::dropout::Choice;
+use super::sequence_attention::{self, Plan};
 
 /// Which positions a position sees.
 #[derive(Clone, Copy, Debug)]
@@ -18,28 +26,61 @@ pub struct AttentionMask<'a> {
     pub causal: bool,
 }
 
+/// The operands; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Attention<B: Backend> {
+    /// `[batch, length, dim]`.
+    pub q: Tensor<B, 3>,
+    /// `[batch, length, dim]`.
+    pub k: Tensor<B, 3>,
+    /// `[batch, length, dim]`.
+    pub v: Tensor<B, 3>,
+    /// Which positions see which, how many heads, what is dropped.
+    pub setting: Setting,
+}
+
+/// What is no tensor.
+#[derive(Clone, Debug)]
+pub struct Setting {
+    /// Divides `dim`.
+    pub heads: usize,
+    /// `[batch]`, as in [`AttentionMask`].
+    pub lengths: Arc<[u32]>,
+    /// As in [`AttentionMask`].
+    pub causal: bool,
+    /// Share of the weights that is dropped, in `[0, 1)`, and a seed.
+    pub dropout: Option<(f32, u64)>,
+}
+
 /// A back end that has the operation.
 pub trait AttentionBackend: Backend {
     /// See [`attention`].
-    fn masked_attention(
-        q: Tensor<Self, 3>,
-        k: Tensor<Self, 3>,
-        v: Tensor<Self, 3>,
-        heads: usize,
-        mask: AttentionMask<'_>,
-        dropout: Option<(f32, u64)>,
-    ) -> Tensor<Self, 3> {
-        unfused(q, k, v, heads, mask, dropout)
+    fn masked_attention(operands: Attention<Self>) -> Tensor<Self, 3> {
+        unfused(operands)
+    }
+
+    /// The result, and what [`AttentionBackend::attention_gradients`] needs of it beside: logarithms of sums
+    /// `[batch * heads * length]`. `None` where a back end has nothing better than its own rules of differentiation.
+    fn attention_and_sums(_operands: &Attention<Self>) -> Option<(Tensor<Self, 3>, Tensor<Self, 1>)> {
+        None
+    }
+
+    /// Gradients of queries, keys and values from `upstream [batch, length, dim]`; `None` as above.
+    fn attention_gradients(
+        _operands: &Attention<Self>,
+        _result: &(Tensor<Self, 3>, Tensor<Self, 1>),
+        _upstream: Tensor<Self, 3>,
+    ) -> Option<[Tensor<Self, 3>; 3]> {
+        None
     }
 }
 
-impl AttentionBackend for Flex {}
-#[cfg(feature = "cuda")]
-impl AttentionBackend for burn::backend::Cuda {}
-impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B, C> {}
-
-/// `softmax(q k' / sqrt(dim / heads)) v` per head. `dropout` is the share of weights that are set to 0 (the others
-/// scaled up by `1 / (1 - share)`) and a seed; which ones depends on the seed and the place alone.
+/// `softmax(q k' / sqrt(dim / heads)) v` per head; 0 at padding. `dropout` is the share of weights, in `[0, 1)`,
+/// that are set to 0 (the others scaled up by `1 / (1 - share)`) and a seed; which ones depends on the seed and the
+/// place alone.
+///
+/// # Panics
+/// When the shapes do not fit (our bug).
 pub fn attention<B: AttentionBackend>(
     q: Tensor<B, 3>,
     k: Tensor<B, 3>,
@@ -48,47 +89,259 @@ pub fn attention<B: AttentionBackend>(
     mask: AttentionMask<'_>,
     dropout: Option<(f32, u64)>,
 ) -> Tensor<B, 3> {
-    B::masked_attention(q, k, v, heads, mask, dropout)
+    let [batch, length, dim] = q.dims();
+    assert!(k.dims() == q.dims() && v.dims() == q.dims(), "queries, keys and values of different shapes");
+    assert!(batch == mask.lengths.len(), "{batch} sequences and {} lengths", mask.lengths.len());
+    assert!(dim.is_multiple_of(heads), "{heads} heads of {dim} numbers");
+    assert!(mask.lengths.iter().all(|&n| n as usize <= length), "a sequence longer than {length}");
+    let setting = Setting { heads, lengths: mask.lengths.into(), causal: mask.causal, dropout };
+    B::masked_attention(Attention { q, k, v, setting })
 }
 
-/// Whether the weight at flat place `[batch, heads, query, key]` is kept.
-pub(super) fn kept(place: u64, share: f32, seed: u64) -> bool {
-    // SplitMix64 of the place: independent of order and threads.
-    let mut x = seed ^ place.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^= x >> 31;
-    (x >> 40) as f32 >= share * (1u64 << 24) as f32
-}
-
-fn unfused<B: Backend>(
-    q: Tensor<B, 3>,
-    k: Tensor<B, 3>,
-    v: Tensor<B, 3>,
-    heads: usize,
-    mask: AttentionMask<'_>,
-    dropout: Option<(f32, u64)>,
-) -> Tensor<B, 3> {
+fn unfused<B: Backend>(operands: Attention<B>) -> Tensor<B, 3> {
+    let Attention { q, k, v, setting } = operands;
+    let Setting { heads, lengths, causal, dropout } = setting;
     let [batch, length, dim] = q.dims();
     let device = q.device();
     let size = dim / heads;
     let split = |t: Tensor<B, 3>| t.reshape([batch, length, heads, size]).swap_dims(1, 2);
-    let hidden: Vec<bool> = mask
-        .lengths
+    let real = |n: u32| (n as usize).max(1);
+    let hidden: Vec<bool> = lengths
         .iter()
-        .flat_map(|&n| {
-            let n = (n as usize).max(1);
-            (0..length).flat_map(move |i| (0..length).map(move |j| j >= n || (mask.causal && j > i)))
-        })
+        .flat_map(|&n| (0..length).flat_map(move |i| (0..length).map(move |j| j >= real(n) || (causal && j > i))))
         .collect();
     let hidden = Tensor::<B, 4, Bool>::from_data(TensorData::new(hidden, [batch, 1, length, length]), &device);
     let scores = split(q).matmul(split(k).swap_dims(2, 3)) / (size as f32).sqrt();
     let mut weights = softmax(scores.mask_fill(hidden.expand([batch, heads, length, length]), -1e9), 3);
-    if let Some((share, seed)) = dropout {
-        let n = batch * heads * length * length;
-        let scale = 1.0 / (1.0 - share);
-        let factors: Vec<f32> = (0..n).map(|p| if kept(p as u64, share, seed) { scale } else { 0.0 }).collect();
+    if let Some(choice) = dropout.and_then(|(share, seed)| Choice::new(share, seed)) {
+        let mut factors = vec![0f32; batch * heads * length * length];
+        factors.chunks_exact_mut(length).enumerate().for_each(|(row, out)| choice.factors(row as u64, out));
         weights = weights * Tensor::from_data(TensorData::new(factors, [batch, heads, length, length]), &device);
     }
-    weights.matmul(split(v)).swap_dims(1, 2).reshape([batch, length, dim])
+    let there: Vec<f32> =
+        lengths.iter().flat_map(|&n| (0..length).map(move |i| if i < real(n) { 1.0 } else { 0.0 })).collect();
+    let there = Tensor::<B, 3>::from_data(TensorData::new(there, [batch, length, 1]), &device);
+    weights.matmul(split(v)).swap_dims(1, 2).reshape([batch, length, dim]) * there
+}
+
+#[cfg(feature = "cuda")]
+impl AttentionBackend for burn::backend::Cuda {}
+
+impl AttentionBackend for Flex {
+    fn masked_attention(operands: Attention<Self>) -> Tensor<Self, 3> {
+        on_host(&operands, |plan, slices| tensor(sequence_attention::forward(plan, slices).0, operands.q.dims()))
+    }
+
+    fn attention_and_sums(operands: &Attention<Self>) -> Option<(Tensor<Self, 3>, Tensor<Self, 1>)> {
+        let (out, sums) = on_host(operands, sequence_attention::forward);
+        let n = sums.len();
+        Some((tensor(out, operands.q.dims()), tensor(sums, [n])))
+    }
+
+    fn attention_gradients(
+        operands: &Attention<Self>,
+        (out, sums): &(Tensor<Self, 3>, Tensor<Self, 1>),
+        upstream: Tensor<Self, 3>,
+    ) -> Option<[Tensor<Self, 3>; 3]> {
+        let shape = out.dims();
+        let contiguous = |t: TensorPrimitive<Flex>| t.tensor().to_contiguous();
+        let out = contiguous(out.clone().into_primitive());
+        let sums = contiguous(sums.clone().into_primitive());
+        let upstream = contiguous(upstream.into_primitive());
+        let all = on_host(operands, |plan, slices| {
+            sequence_attention::backward(plan, slices, out.storage(), sums.storage(), upstream.storage())
+        });
+        Some(all.map(|x| tensor(x, shape)))
+    }
+}
+
+/// Calls `run` with the tensors' own memory.
+fn on_host<T>(operands: &Attention<Flex>, run: impl FnOnce(Plan<'_>, [&[f32]; 3]) -> T) -> T {
+    let [_, length, dim] = operands.q.dims();
+    let Setting { heads, lengths, causal, dropout } = &operands.setting;
+    let dropout = dropout.and_then(|(share, seed)| Choice::new(share, seed));
+    let contiguous = |t: &Tensor<Flex, 3>| t.clone().into_primitive().tensor().to_contiguous();
+    let [q, k, v] = [&operands.q, &operands.k, &operands.v].map(contiguous);
+    let plan = Plan { length, dim, heads: *heads, lengths, causal: *causal, dropout };
+    run(plan, [q.storage(), k.storage(), v.storage()])
+}
+
+fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<Flex, D> {
+    Tensor::from_data(TensorData::new(values, shape), &Default::default())
+}
+
+/// The gradient rule.
+#[derive(Debug)]
+struct Rule;
+
+impl<B: AttentionBackend> Backward<B, 3> for Rule {
+    type State = (Attention<B>, (Tensor<B, 3>, Tensor<B, 1>));
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let upstream = Tensor::from_primitive(TensorPrimitive::Float(grads.consume::<B>(&ops.node)));
+        let (operands, result) = ops.state;
+        let flow = B::attention_gradients(&operands, &result, upstream)
+            .expect("the back end that gave the sums gives the gradients");
+        for (parent, grad) in ops.parents.into_iter().zip(flow) {
+            if let Some(parent) = parent {
+                grads.register::<B>(parent.id, grad.into_primitive().tensor());
+            }
+        }
+    }
+}
+
+impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B, C> {
+    fn masked_attention(operands: Attention<Self>) -> Tensor<Self, 3> {
+        let Attention { q, k, v, setting } = operands.clone();
+        let inner = Attention { q: q.clone().inner(), k: k.clone().inner(), v: v.clone().inner(), setting };
+        let nodes = [q, k, v].map(|t| t.into_primitive().tensor().node);
+        let output = match Backward::<B, 3>::prepare::<C>(Rule, nodes).compute_bound().stateful() {
+            OpsKind::UnTracked(prepared) => prepared.finish(B::masked_attention(inner).into_primitive().tensor()),
+            OpsKind::Tracked(prepared) => match B::attention_and_sums(&inner) {
+                None => return unfused(operands),
+                Some(result) => {
+                    let output = result.0.clone().into_primitive().tensor();
+                    prepared.finish((inner, result), output)
+                }
+            },
+        };
+        Tensor::from_primitive(TensorPrimitive::Float(output))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    type Ad = Autodiff<Flex>;
+
+    /// Result and gradients of queries, keys and values for random numbers of some size.
+    fn run(
+        [length, dim, heads]: [usize; 3],
+        lengths: &[u32],
+        causal: bool,
+        dropout: Option<(f32, u64)>,
+        (fused, size): (bool, f32),
+    ) -> Vec<Vec<f32>> {
+        let batch = lengths.len();
+        let mut rng = ChaCha8Rng::seed_from_u64(17);
+        let mut draw = || {
+            let values: Vec<f32> = (0..batch * length * dim).map(|_| rng.random_range(-size..size)).collect();
+            Tensor::<Ad, 3>::from_data(TensorData::new(values, [batch, length, dim]), &Default::default())
+        };
+        let [q, k, v] = [draw(), draw(), draw()].map(Tensor::require_grad);
+        let upstream = draw() / size;
+        let setting = Setting { heads, lengths: lengths.into(), causal, dropout };
+        let out = match fused {
+            true => attention(q.clone(), k.clone(), v.clone(), heads, AttentionMask { lengths, causal }, dropout),
+            false => unfused(Attention { q: q.clone(), k: k.clone(), v: v.clone(), setting }),
+        };
+        let grads = (out.clone() * upstream).sum().backward();
+        let mut all = vec![out.into_data().to_vec().unwrap()];
+        all.extend([q, k, v].map(|x| x.grad(&grads).unwrap().into_data().to_vec().unwrap()));
+        all
+    }
+
+    fn close(a: &[Vec<f32>], b: &[Vec<f32>], what: &str) {
+        for (which, (a, b)) in a.iter().zip(b).enumerate() {
+            assert_eq!(a.len(), b.len());
+            let scale = b.iter().fold(0f32, |m, x| m.max(x.abs())).max(1e-3);
+            for (n, (x, y)) in a.iter().zip(b).enumerate() {
+                assert!((x - y).abs() <= 2e-5 * scale, "{what}: result {which}, element {n}: {x} is not {y}");
+            }
+        }
+    }
+
+    #[test]
+    fn values_and_gradients_equal_those_of_the_plain_operations() {
+        let cases: [([usize; 3], &[u32]); 5] = [
+            ([1, 4, 1], &[1, 0]),
+            ([7, 6, 2], &[7, 0, 3, 1]),
+            ([20, 64, 4], &[20, 13, 1]),
+            ([50, 32, 1], &[50, 17]),
+            ([67, 50, 2], &[66, 67, 9]),
+        ];
+        for (shape, lengths) in cases {
+            for causal in [true, false] {
+                for dropout in [None, Some((0.3, 9))] {
+                    let what = format!("{shape:?}, causal {causal}, dropout {dropout:?}");
+                    let [fused, plain] = [true, false].map(|f| run(shape, lengths, causal, dropout, (f, 1.0)));
+                    close(&fused, &plain, &what);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_equal_finite_differences_in_double_precision() {
+        let (length, dim, n) = (4usize, 2usize, 3usize);
+        let got = |q: &[f32], k: &[f32], v: &[f32]| {
+            let leaf = |x: &[f32]| {
+                let data = TensorData::new(x.to_vec(), [1, length, dim]);
+                Tensor::<Ad, 3>::from_data(data, &Default::default()).require_grad()
+            };
+            let (q, k, v) = (leaf(q), leaf(k), leaf(v));
+            let mask = AttentionMask { lengths: &[n as u32], causal: true };
+            let out = attention(q.clone(), k.clone(), v.clone(), 1, mask, None);
+            let grads = (out.clone() * out).sum().backward();
+            [q, k, v].map(|x| x.grad(&grads).unwrap().into_data().to_vec::<f32>().unwrap())
+        };
+        let value = |x: &[Vec<f64>; 3]| {
+            let row = |t: usize, i: usize| &x[t][i * dim..][..dim];
+            let mut total = 0.0;
+            for i in 0..n {
+                let dot = |j: usize| row(0, i).iter().zip(row(1, j)).map(|(a, b)| a * b).sum::<f64>();
+                let weights: Vec<f64> = (0..=i).map(|j| (dot(j) / (dim as f64).sqrt()).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                for d in 0..dim {
+                    total += weights.iter().enumerate().map(|(j, w)| w / sum * row(2, j)[d]).sum::<f64>().powi(2);
+                }
+            }
+            total
+        };
+        let make = |k: f32| (0..length * dim).map(|n| (n as f32 * k).sin()).collect::<Vec<f32>>();
+        let all = [make(0.9), make(1.7), make(2.3)];
+        let wide = all.clone().map(|x| x.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>());
+        let got = got(&all[0], &all[1], &all[2]);
+        for which in 0..3 {
+            for n in 0..length * dim {
+                let (mut up, mut down) = (wide.clone(), wide.clone());
+                up[which][n] += 1e-5;
+                down[which][n] -= 1e-5;
+                let want = (value(&up) - value(&down)) / 2e-5;
+                assert!((f64::from(got[which][n]) - want).abs() < 1e-5, "operand {which}, element {n}");
+            }
+        }
+    }
+
+    #[test]
+    fn large_scores_stay_finite_and_padding_is_not_looked_at() {
+        let got = run([30, 16, 2], &[30, 11], true, None, (true, 60.0));
+        assert!(got.iter().flatten().all(|x| x.is_finite()));
+        let device = Default::default();
+        let mut values = vec![0.5f32; 2 * 10 * 8];
+        values[7 * 8..80].fill(f32::NAN); // after the 7 positions of the first sequence
+        let x = Tensor::<Flex, 3>::from_data(TensorData::new(values, [2, 10, 8]), &device);
+        let mask = AttentionMask { lengths: &[7, 10], causal: false };
+        let out: Vec<f32> = attention(x.clone(), x.clone(), x, 2, mask, None).into_data().to_vec().unwrap();
+        assert!(out[7 * 8..80].iter().all(|x| *x == 0.0));
+        assert!(out[..7 * 8].iter().chain(&out[80..]).all(|x| (x - 0.5).abs() < 1e-6));
+    }
+
+    #[test]
+    fn the_number_of_threads_changes_no_bit() {
+        let lengths: Vec<u32> = (0..40).map(|n| n % 31).collect();
+        let with = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| run([30, 32, 2], &lengths, true, Some((0.2, 3)), (true, 1.0)))
+        };
+        assert_eq!(with(1), with(5));
+    }
+
+    #[test]
+    fn a_batch_of_nothing_is_nothing() {
+        assert!(run([5, 4, 2], &[], true, None, (true, 1.0)).iter().all(Vec::is_empty));
+    }
 }

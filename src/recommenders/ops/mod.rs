@@ -5,6 +5,12 @@
 
 mod attention;
 mod cross_entropy;
+mod dropout;
+mod exp;
+mod linear_softmax;
+mod products;
+mod sequence_attention;
 
-pub use attention::{AttentionBackend, AttentionMask, attention};
-pub use cross_entropy::{CrossEntropyBackend, linear_cross_entropy};
+pub use attention::{Attention, AttentionBackend, AttentionMask, Setting, attention};
+pub use cross_entropy::{CrossEntropyBackend, LinearSoftmax, LossAndGradients, linear_cross_entropy};
+pub use dropout::{DropoutBackend, dropout};
