@@ -7,7 +7,9 @@
 //!
 //! Adding a backbone: one file here, its `pub mod` line, its entry in [`registry::BACKBONES`].
 
+pub mod bert4rec;
 pub mod checkpoint;
+pub mod cl4srec;
 pub mod embedding_scorer;
 pub mod hyper;
 pub mod lightgcn;

@@ -4,7 +4,7 @@ use schemars::Schema;
 use serde_json::Value;
 
 use super::saved::Tensors;
-use super::{Recommender, Scorer, hyper, lightgcn, mf, sasrec};
+use super::{Recommender, Scorer, bert4rec, cl4srec, hyper, lightgcn, mf, sasrec};
 use crate::error::{Error, Result};
 
 /// What a backbone predicts.
@@ -45,7 +45,8 @@ pub enum Make {
 }
 
 /// The backbones in the order of the docs.
-pub static BACKBONES: &[Backbone] = &[mf::BACKBONE, lightgcn::BACKBONE, sasrec::BACKBONE];
+pub static BACKBONES: &[Backbone] =
+    &[mf::BACKBONE, lightgcn::BACKBONE, sasrec::BACKBONE, bert4rec::BACKBONE, cl4srec::BACKBONE];
 
 /// The backbone of that name.
 ///

@@ -4,21 +4,18 @@
 //! Linear layers see flat positions; only attention sees `[batch, length, dim]`.
 //!
 //! A block is attention and a feed-forward layer, each with a residual connection (SASRec, arXiv 1808.09781, section
-//! III-B; BERT4Rec, arXiv 1904.06690, section 3.3). Queries, keys and values come of one product. We differ from the
+//! III-B; BERT4Rec, arXiv 1904.06690, section 3.3). We differ from the
 //! SASRec authors' code in that queries, keys and values all come of the normalised input.
 
+use burn::tensor::Tensor;
 use burn::tensor::activation::{gelu, relu};
 use burn::tensor::backend::Backend;
-use burn::tensor::{Tensor, TensorData};
 use rand_chacha::ChaCha8Rng;
 
-use super::super::ops::{AttentionMask, attention};
+use super::super::ops::{self, AttentionMask, attention};
 use super::super::optim::{ParamId, Params, Vars, truncated_normal};
 use super::config::{Activation, EncoderHyper, NormPlace, Positions};
 use crate::device::ModelBackend;
-
-/// Added to a variance before its root.
-const EPSILON: f32 = 1e-8;
 
 /// What differs between the backbones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,8 +66,8 @@ struct Linear {
 #[derive(Clone, Copy, Debug)]
 struct Block {
     attention_norm: Norm,
-    /// `[dim, 3 dim]`: queries, keys, values.
-    qkv: Linear,
+    /// Queries, keys, values.
+    qkv: [Linear; 3],
     out: Linear,
     forward_norm: Norm,
     up: Linear,
@@ -94,23 +91,11 @@ impl Dropout {
         self.places += 1;
         mix(self.seed.wrapping_add(self.places.wrapping_mul(0xA076_1D64_78BD_642F)))
     }
-
-    /// Sets a share of the values to 0 and scales the others up.
-    fn apply<B: Backend>(&mut self, x: Tensor<B, 2>, share: f64) -> Tensor<B, 2> {
-        let seed = self.next();
-        if share == 0.0 {
-            return x;
-        }
-        let [rows, dim] = x.dims();
-        let factors = dropout_factors(rows * dim, share as f32, seed);
-        let device = x.device();
-        x * Tensor::from_data(TensorData::new(factors, [rows, dim]), &device)
-    }
 }
 
-fn drop<B: Backend>(dropout: &mut Option<&mut Dropout>, x: Tensor<B, 2>, share: f64) -> Tensor<B, 2> {
+fn drop<B: ModelBackend>(dropout: &mut Option<&mut Dropout>, x: Tensor<B, 2>, share: f64) -> Tensor<B, 2> {
     match dropout {
-        Some(dropout) => dropout.apply(x, share),
+        Some(places) => ops::dropout(x, share as f32, places.next()),
         None => x,
     }
 }
@@ -122,22 +107,6 @@ fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// 0 with probability `share`, else `1 / (1 - share)`; four draws of 16 bits out of each mixed word.
-fn dropout_factors(n: usize, share: f32, seed: u64) -> Vec<f32> {
-    let limit = (share * 65_536.0).round() as u64;
-    // What is kept is scaled by the share that is really kept.
-    let scale = 65_536.0 / (65_536 - limit.min(65_535)) as f32;
-    let mut factors = vec![0f32; n];
-    for (word, four) in factors.chunks_mut(4).enumerate() {
-        let bits = mix(seed ^ (word as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        for (lane, factor) in four.iter_mut().enumerate() {
-            let draw = (bits >> (16 * lane)) & 0xFFFF;
-            *factor = if draw >= limit { scale } else { 0.0 };
-        }
-    }
-    factors
-}
-
 impl Norm {
     fn new<B: Backend>(params: &mut Params<B>, name: &str, dim: usize) -> Self {
         Norm {
@@ -146,14 +115,8 @@ impl Norm {
         }
     }
 
-    /// `(x - mean) / sqrt(variance + epsilon) * scale + shift` over the last dimension.
     fn forward<B: ModelBackend>(&self, vars: &Vars<B>, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let mean = x.clone().mean_dim(1);
-        let centred = x - mean;
-        let variance = (centred.clone() * centred.clone()).mean_dim(1);
-        let scale = vars.get::<1>(self.scale).unsqueeze::<2>();
-        let shift = vars.get::<1>(self.shift).unsqueeze::<2>();
-        centred * (variance + EPSILON).sqrt().recip() * scale + shift
+        ops::layer_norm(x, vars.get::<1>(self.scale), vars.get::<1>(self.shift))
     }
 }
 
@@ -204,7 +167,8 @@ impl Encoder {
         let blocks = (0..hyper.blocks)
             .map(|n| Block {
                 attention_norm: Norm::new(params, &format!("blocks.{n}.attention_norm"), dim),
-                qkv: Linear::new(params, &format!("blocks.{n}.qkv"), (dim, 3 * dim), init),
+                qkv: ["query", "key", "value"]
+                    .map(|part| Linear::new(params, &format!("blocks.{n}.{part}"), (dim, dim), init)),
                 out: Linear::new(params, &format!("blocks.{n}.out"), (dim, dim), init),
                 forward_norm: Norm::new(params, &format!("blocks.{n}.forward_norm"), dim),
                 up: Linear::new(params, &format!("blocks.{n}.up"), (dim, inner), init),
@@ -252,10 +216,9 @@ impl Encoder {
         for block in &self.blocks {
             let mask = AttentionMask { lengths, causal: self.shape.causal };
             let attend = |x: Tensor<B, 2>, seed: Option<(f32, u64)>| {
-                let qkv = block.qkv.forward(vars, x);
-                let part =
-                    |n: usize| qkv.clone().slice([0..flat, n * dim..(n + 1) * dim]).reshape([batch, length, dim]);
-                let y = attention(part(0), part(1), part(2), hyper.heads as usize, mask, seed);
+                let part = |l: &Linear| l.forward(vars, x.clone()).reshape([batch, length, dim]);
+                let [q, k, v] = block.qkv.each_ref().map(part);
+                let y = attention(q, k, v, hyper.heads as usize, mask, seed);
                 block.out.forward(vars, y.reshape([flat, dim]))
             };
             let feed = |x: Tensor<B, 2>| {

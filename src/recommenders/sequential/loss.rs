@@ -129,11 +129,10 @@ pub fn step_loss<B: ModelBackend>(
     };
     let mut loss = match &step.negatives {
         Negatives::All => {
-            let table = vars.get::<2>(encoder.items).slice([0..encoder.shape().n_items]);
-            let table = match (&items, encoder.shape().mask_row) {
-                (Items::Whole(all), false) => all.clone(),
-                (Items::Whole(all), true) => all.clone().slice([0..encoder.shape().n_items]),
-                (Items::Rows(..), _) => table,
+            // The mask, if there is one, is the last row and no item.
+            let table = match encoder.shape().mask_row {
+                true => vars.get::<2>(encoder.items).slice([0..encoder.shape().n_items]),
+                false => vars.get::<2>(encoder.items),
             };
             let bias = encoder.bias.map(|bias| vars.get::<1>(bias));
             linear_cross_entropy(states.clone(), table, bias, &batch.targets).mean()
@@ -217,20 +216,15 @@ impl SharedSampler {
             let below = if item == 0 { 0.0 } else { self.sums[item as usize - 1] };
             (n as f64 * (self.sums[item as usize] - below) / total).ln() as f32
         };
-        let draw = |rng: &mut _| {
-            let at = rng_unit(rng) * total;
+        let mut draw = || {
+            let at = rng.random::<f64>() * total;
             self.sums.partition_point(|&sum| sum <= at).min(self.sums.len() - 1) as u32
         };
-        let items: Vec<u32> = (0..n).map(|_| draw(rng)).collect();
+        let items: Vec<u32> = (0..n).map(|_| draw()).collect();
         Negatives::Shared {
             negative_logs: items.iter().map(|&i| log(i)).collect(),
             target_logs: targets.iter().map(|&i| log(i)).collect(),
             items,
         }
     }
-}
-
-/// Uniform in `[0, 1)`.
-fn rng_unit(rng: &mut impl Rng) -> f64 {
-    rng.random::<f64>()
 }
