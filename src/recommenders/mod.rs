@@ -9,7 +9,9 @@
 
 pub mod afm;
 pub mod autoint;
+pub mod bert4rec;
 pub mod checkpoint;
+pub mod cl4srec;
 pub mod dcn;
 pub mod deepfm;
 pub mod embedding_scorer;
@@ -24,7 +26,9 @@ pub mod pairwise;
 pub mod ranking_loss;
 pub mod rating;
 pub mod registry;
+pub mod sasrec;
 pub mod saved;
+pub mod sequential;
 pub mod sparse;
 pub mod topk;
 pub mod trainer;

@@ -5,7 +5,9 @@ use serde_json::Value;
 
 use super::rating::{Predictor, RatingRecommender};
 use super::saved::Tensors;
-use super::{Recommender, Scorer, afm, autoint, dcn, deepfm, hyper, lightgcn, mf, nfm, xdeepfm};
+use super::{
+    Recommender, Scorer, afm, autoint, bert4rec, cl4srec, dcn, deepfm, hyper, lightgcn, mf, nfm, sasrec, xdeepfm,
+};
 use crate::error::{Error, Result};
 use crate::interactions::fields::FieldSet;
 
@@ -57,6 +59,9 @@ pub enum Make {
 pub static BACKBONES: &[Backbone] = &[
     mf::BACKBONE,
     lightgcn::BACKBONE,
+    sasrec::BACKBONE,
+    bert4rec::BACKBONE,
+    cl4srec::BACKBONE,
     deepfm::BACKBONE,
     nfm::BACKBONE,
     dcn::BACKBONE,
