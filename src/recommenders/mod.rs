@@ -9,7 +9,9 @@
 
 pub mod afm;
 pub mod autoint;
+pub mod bert4rec;
 pub mod checkpoint;
+pub mod cl4srec;
 #[cfg(test)]
 mod closed_form_tests;
 pub mod dcn;
@@ -36,7 +38,9 @@ pub mod popularity;
 pub mod ranking_loss;
 pub mod rating;
 pub mod registry;
+pub mod sasrec;
 pub mod saved;
+pub mod sequential;
 pub mod sparse;
 pub mod topk;
 pub mod trainer;

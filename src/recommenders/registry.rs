@@ -64,6 +64,10 @@ pub static BACKBONES: &[Backbone] = &[
     // Direct top-k.
     super::mf::BACKBONE,
     super::lightgcn::BACKBONE,
+    // Sequential top-k.
+    super::sasrec::BACKBONE,
+    super::bert4rec::BACKBONE,
+    super::cl4srec::BACKBONE,
     // Rating.
     super::deepfm::BACKBONE,
     super::nfm::BACKBONE,
