@@ -18,7 +18,6 @@ pub mod dcn;
 pub mod deepfm;
 pub mod ease;
 pub mod embedding_scorer;
-pub mod embedding_scorer;
 pub mod gf_cf;
 pub mod graph;
 pub mod hyper;
