@@ -96,6 +96,16 @@ impl<B: Backend> Params<B> {
         Ok(())
     }
 
+    /// Replaces the value of a weight that is not learned by gradients, such as a running mean.
+    ///
+    /// # Panics
+    /// When `value` is not of the weight's size (our bug).
+    pub fn assign(&mut self, id: ParamId, value: Tensor<B, 1>) {
+        let param = &mut self.list[id.0];
+        assert_eq!(param.value.dims(), value.dims(), "weight `{}` keeps its size", param.name);
+        param.value = value;
+    }
+
     /// Values, moments and the number of steps, for a checkpoint.
     pub fn state(&self) -> Vec<NamedTensor> {
         let mut all = self.tensors();
