@@ -6,6 +6,7 @@
 //! [`clean`], and counted.
 
 pub mod clean;
+pub mod fields;
 pub mod histories;
 pub mod id_map;
 pub mod polars;

@@ -7,16 +7,24 @@
 //!
 //! Adding a backbone: one file here, its `pub mod` line, its entry in [`registry::BACKBONES`].
 
+pub mod afm;
+pub mod autoint;
 pub mod bert4rec;
 pub mod checkpoint;
 pub mod cl4srec;
+pub mod dcn;
+pub mod deepfm;
 pub mod embedding_scorer;
+pub mod graph;
 pub mod hyper;
 pub mod lightgcn;
 pub mod mf;
+pub mod nfm;
 pub mod ops;
 pub mod optim;
 pub mod pairwise;
+pub mod ranking_loss;
+pub mod rating;
 pub mod registry;
 pub mod sasrec;
 pub mod saved;
@@ -24,6 +32,7 @@ pub mod sequential;
 pub mod sparse;
 pub mod topk;
 pub mod trainer;
+pub mod xdeepfm;
 
 use crate::device::Device;
 use crate::error::Result;

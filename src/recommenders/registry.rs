@@ -3,9 +3,13 @@
 use schemars::Schema;
 use serde_json::Value;
 
+use super::rating::{Predictor, RatingRecommender};
 use super::saved::Tensors;
-use super::{Recommender, Scorer, bert4rec, cl4srec, hyper, lightgcn, mf, sasrec};
+use super::{
+    Recommender, Scorer, afm, autoint, bert4rec, cl4srec, dcn, deepfm, hyper, lightgcn, mf, nfm, sasrec, xdeepfm,
+};
 use crate::error::{Error, Result};
+use crate::interactions::fields::FieldSet;
 
 /// What a backbone predicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,11 +46,29 @@ pub enum Make {
         /// From a file.
         load: fn(hyper: &Value, tensors: &Tensors) -> Result<Box<dyn Scorer>>,
     },
+    /// Predicts ratings: task rating.
+    Rating {
+        /// To fit.
+        build: fn(hyper: Value) -> Result<Box<dyn RatingRecommender>>,
+        /// From a file.
+        load: fn(hyper: &Value, fields: &FieldSet, tensors: &Tensors) -> Result<Box<dyn Predictor>>,
+    },
 }
 
 /// The backbones in the order of the docs.
-pub static BACKBONES: &[Backbone] =
-    &[mf::BACKBONE, lightgcn::BACKBONE, sasrec::BACKBONE, bert4rec::BACKBONE, cl4srec::BACKBONE];
+pub static BACKBONES: &[Backbone] = &[
+    mf::BACKBONE,
+    lightgcn::BACKBONE,
+    sasrec::BACKBONE,
+    bert4rec::BACKBONE,
+    cl4srec::BACKBONE,
+    deepfm::BACKBONE,
+    nfm::BACKBONE,
+    dcn::BACKBONE,
+    afm::BACKBONE,
+    xdeepfm::BACKBONE,
+    autoint::BACKBONE,
+];
 
 /// The backbone of that name.
 ///
@@ -63,12 +85,44 @@ impl Backbone {
     /// A recommender with the given hyper-parameters; what is not given has its default.
     ///
     /// # Errors
-    /// A name that this backbone does not know, a value outside its range or of another type (exit 78).
+    /// A name that this backbone does not know, a value outside its range or of another type; the backbone predicts
+    /// ratings (exit 78).
     pub fn recommender(&self, given: &Value) -> Result<Box<dyn Recommender>> {
         hyper::check(self.name, &(self.schema)(), given)?;
         match &self.make {
             Make::Ranking { build, .. } => build(given.clone()),
+            Make::Rating { .. } => Err(self.of_another_kind("predicts ratings and does not rank items")),
         }
+    }
+
+    /// As [`Backbone::recommender`], for a backbone that predicts ratings.
+    ///
+    /// # Errors
+    /// A name that this backbone does not know, a value outside its range or of another type; the backbone ranks
+    /// items (exit 78).
+    pub fn rating_recommender(&self, given: &Value) -> Result<Box<dyn RatingRecommender>> {
+        hyper::check(self.name, &(self.schema)(), given)?;
+        match &self.make {
+            Make::Rating { build, .. } => build(given.clone()),
+            Make::Ranking { .. } => Err(self.of_another_kind("ranks items and does not predict ratings")),
+        }
+    }
+
+    /// The hyper-parameters in full, defaults filled in, whatever the backbone predicts.
+    ///
+    /// # Errors
+    /// A name that this backbone does not know, a value outside its range or of another type (exit 78).
+    pub fn hyper(&self, given: &Value) -> Result<Value> {
+        match &self.make {
+            Make::Ranking { .. } => Ok(self.recommender(given)?.hyper()),
+            Make::Rating { .. } => Ok(self.rating_recommender(given)?.hyper()),
+        }
+    }
+
+    fn of_another_kind(&self, what: &str) -> Error {
+        let same = |b: &&Backbone| matches!(b.make, Make::Rating { .. }) != matches!(self.make, Make::Rating { .. });
+        let names: Vec<String> = BACKBONES.iter().filter(same).map(|b| format!("`{}`", b.name)).collect();
+        Error::spec(format!("model `{}` {what}", self.name)).with_help(format!("models that do: {}", names.join(", ")))
     }
 
     /// The fitted model of a file.
@@ -78,6 +132,18 @@ impl Backbone {
     pub fn scorer(&self, hyper: &Value, tensors: &Tensors) -> Result<Box<dyn Scorer>> {
         match &self.make {
             Make::Ranking { load, .. } => load(hyper, tensors),
+            Make::Rating { .. } => Err(self.of_another_kind("predicts ratings and does not rank items")),
+        }
+    }
+
+    /// The fitted rating model of a file.
+    ///
+    /// # Errors
+    /// A tensor is missing or has a wrong shape (exit 65).
+    pub fn predictor(&self, hyper: &Value, fields: &FieldSet, tensors: &Tensors) -> Result<Box<dyn Predictor>> {
+        match &self.make {
+            Make::Rating { load, .. } => load(hyper, fields, tensors),
+            Make::Ranking { .. } => Err(self.of_another_kind("ranks items and does not predict ratings")),
         }
     }
 }
@@ -101,7 +167,7 @@ mod tests {
     fn every_hyper_parameter_is_documented_and_has_a_default() {
         for backbone in BACKBONES {
             let schema = (backbone.schema)();
-            let defaults = backbone.recommender(&json!({})).unwrap().hyper();
+            let defaults = backbone.hyper(&json!({})).unwrap();
             let properties = schema.get("properties").unwrap().as_object().unwrap();
             assert!(!properties.is_empty());
             for (name, property) in properties {
@@ -109,7 +175,7 @@ mod tests {
                 assert!(defaults.get(name).is_some(), "{}.{name} has no default", backbone.name);
             }
             // The defaults must pass the check that they are used to document.
-            backbone.recommender(&defaults).unwrap();
+            backbone.hyper(&defaults).unwrap();
         }
     }
 

@@ -6,6 +6,8 @@
 //! ids, `user_ids` (U8, the ids' UTF-8 one after another) with `user_ids.offsets` (I64 `[users + 1]`).
 //! Index `n` of a table belongs to id `n`; ids are sorted and distinct.
 //!
+//! A rating model ([`TrainedRater`]) has a third file: `fields.json`, its [`FieldSet`](crate::interactions::fields).
+//!
 //! A file that is cut short, damaged or of another kind is refused with exit 65; lengths are
 //! checked before anything is allocated (by the safetensors reader, against the file's size).
 
@@ -15,15 +17,20 @@ use bytes::Bytes;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::{Scorer, registry};
+use super::Scorer;
+use super::rating::Predictor;
+use super::registry::{self, Backbone};
 use crate::error::{Error, Result};
 use crate::interactions::IdMap;
+use crate::interactions::fields::FieldSet;
 use crate::tables::IdColumn;
 
 /// The weights and ids.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// What the weights are.
 pub const CARD_FILE: &str = "model.json";
+/// The fields of a rating model.
+pub const FIELDS_FILE: &str = "fields.json";
 /// `format` of `model.json`.
 const FORMAT: &str = "tailfuse-recommender";
 /// `version` of `model.json` that this code writes and reads.
@@ -141,44 +148,25 @@ impl ModelCard {
     }
 }
 
+/// A fitted rating model with the ids that its indices stand for.
+pub struct TrainedRater {
+    /// What it is.
+    pub card: ModelCard,
+    /// User ids by index.
+    pub users: IdMap,
+    /// Item ids by index.
+    pub items: IdMap,
+    /// The model, with its fields.
+    pub predictor: Box<dyn Predictor>,
+}
+
 impl TrainedModel {
     /// The model as named files; the same model gives the same bytes.
     ///
     /// # Errors
     /// Only our bugs.
     pub fn to_files(&self) -> Result<BTreeMap<String, Bytes>> {
-        let mut raw: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
-        for t in self.scorer.tensors() {
-            raw.push((t.name, Dtype::F32, t.shape, le_bytes(&t.values, |v| v.to_le_bytes())));
-        }
-        for (name, map) in [("user_ids", &self.users), ("item_ids", &self.items)] {
-            match map.ids() {
-                IdColumn::Int(ids) => {
-                    raw.push((name.to_owned(), Dtype::I64, vec![ids.len()], le_bytes(ids, |v| v.to_le_bytes())));
-                }
-                IdColumn::Str(ids) => {
-                    let mut offsets = vec![0i64];
-                    let mut text = Vec::new();
-                    for id in ids {
-                        text.extend_from_slice(id.as_bytes());
-                        offsets.push(text.len() as i64);
-                    }
-                    let places = le_bytes(&offsets, |v| v.to_le_bytes());
-                    raw.push((name.to_owned(), Dtype::U8, vec![text.len()], text));
-                    raw.push((format!("{name}.offsets"), Dtype::I64, vec![offsets.len()], places));
-                }
-            }
-        }
-        let views = raw
-            .iter()
-            .map(|(name, dtype, shape, bytes)| Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?)))
-            .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
-        let weights = views
-            .and_then(|views| safetensors::serialize(views, None))
-            .map_err(|e| Error::internal("the model cannot be written as safetensors").because(e))?;
-        let card = serde_json::to_vec_pretty(&self.card)
-            .map_err(|e| Error::internal("the model card cannot be written as JSON").because(e))?;
-        Ok(BTreeMap::from([(CARD_FILE.to_owned(), Bytes::from(card)), (WEIGHTS_FILE.to_owned(), Bytes::from(weights))]))
+        write_model(&self.card, self.scorer.tensors(), &self.users, &self.items)
     }
 
     /// The model that [`TrainedModel::to_files`] wrote.
@@ -186,28 +174,119 @@ impl TrainedModel {
     /// # Errors
     /// A file is missing, damaged, or fits neither the other nor this program (exit 65).
     pub fn from_files(files: &BTreeMap<String, Bytes>) -> Result<Self> {
-        let file = |name: &str| files.get(name).ok_or_else(|| damaged(name, "it is missing".to_owned()));
-        let card: ModelCard = serde_json::from_slice(file(CARD_FILE)?)
-            .map_err(|e| damaged(CARD_FILE, format!("it is no model card: {e}")))?;
-        if card.format != FORMAT || card.version != VERSION {
-            let found = format!("it has format `{}`, version {}", card.format, card.version);
-            return Err(damaged(CARD_FILE, format!("{found}; `{FORMAT}`, version {VERSION} is wanted")));
-        }
-        let backbone = registry::find(&card.model)
-            .map_err(|e| damaged(CARD_FILE, format!("{}; this program may be older than the model", e.message)))?;
-        let weights = SafeTensors::deserialize(file(WEIGHTS_FILE)?)
-            .map_err(|e| damaged(WEIGHTS_FILE, format!("it is no safetensors file: {e}")))?;
-        let users = read_ids(&weights, "user_ids")?;
-        let items = read_ids(&weights, "item_ids")?;
-        let tensors = Tensors::new(f32_tensors(&weights));
+        let Read { card, backbone, tensors, users, items } = read_model(files)?;
         let scorer = backbone.scorer(&card.hyper, &tensors).map_err(|e| e.at(WEIGHTS_FILE))?;
-        let sizes = [(users.len(), card.users, scorer.n_users()), (items.len(), card.items, scorer.n_items())];
-        if sizes.iter().any(|&(ids, card, rows)| ids != card || ids != rows) {
-            let told = format!("ids, card and weights disagree about the number of users and items: {sizes:?}");
-            return Err(damaged(WEIGHTS_FILE, told));
-        }
+        check_sizes(&card, &users, &items, (scorer.n_users(), scorer.n_items()))?;
         Ok(TrainedModel { card, users, items, scorer })
     }
+}
+
+impl TrainedRater {
+    /// The model as named files; the same model gives the same bytes.
+    ///
+    /// # Errors
+    /// Only our bugs.
+    pub fn to_files(&self) -> Result<BTreeMap<String, Bytes>> {
+        let mut files = write_model(&self.card, self.predictor.tensors(), &self.users, &self.items)?;
+        let fields = serde_json::to_vec_pretty(self.predictor.fields())
+            .map_err(|e| Error::internal("the fields cannot be written as JSON").because(e))?;
+        files.insert(FIELDS_FILE.to_owned(), Bytes::from(fields));
+        Ok(files)
+    }
+
+    /// The model that [`TrainedRater::to_files`] wrote.
+    ///
+    /// # Errors
+    /// A file is missing, damaged, or fits neither the others nor this program (exit 65).
+    pub fn from_files(files: &BTreeMap<String, Bytes>) -> Result<Self> {
+        let Read { card, backbone, tensors, users, items } = read_model(files)?;
+        let fields: FieldSet = serde_json::from_slice(file(files, FIELDS_FILE)?)
+            .map_err(|e| damaged(FIELDS_FILE, format!("it holds no fields: {e}")))?;
+        check_sizes(&card, &users, &items, (fields.n_users, fields.n_items))?;
+        let predictor = backbone.predictor(&card.hyper, &fields, &tensors).map_err(|e| e.at(WEIGHTS_FILE))?;
+        Ok(TrainedRater { card, users, items, predictor })
+    }
+}
+
+/// What every model's files hold.
+struct Read {
+    card: ModelCard,
+    backbone: &'static Backbone,
+    tensors: Tensors,
+    users: IdMap,
+    items: IdMap,
+}
+
+fn file<'a>(files: &'a BTreeMap<String, Bytes>, name: &str) -> Result<&'a Bytes> {
+    files.get(name).ok_or_else(|| damaged(name, "it is missing".to_owned()))
+}
+
+fn read_model(files: &BTreeMap<String, Bytes>) -> Result<Read> {
+    let card: ModelCard = serde_json::from_slice(file(files, CARD_FILE)?)
+        .map_err(|e| damaged(CARD_FILE, format!("it is no model card: {e}")))?;
+    if card.format != FORMAT || card.version != VERSION {
+        let found = format!("it has format `{}`, version {}", card.format, card.version);
+        return Err(damaged(CARD_FILE, format!("{found}; `{FORMAT}`, version {VERSION} is wanted")));
+    }
+    let backbone = registry::find(&card.model)
+        .map_err(|e| damaged(CARD_FILE, format!("{}; this program may be older than the model", e.message)))?;
+    let weights = SafeTensors::deserialize(file(files, WEIGHTS_FILE)?)
+        .map_err(|e| damaged(WEIGHTS_FILE, format!("it is no safetensors file: {e}")))?;
+    let users = read_ids(&weights, "user_ids")?;
+    let items = read_ids(&weights, "item_ids")?;
+    Ok(Read { card, backbone, tensors: Tensors::new(f32_tensors(&weights)), users, items })
+}
+
+/// Ids, card and weights (`rows`: users and items) must agree.
+fn check_sizes(card: &ModelCard, users: &IdMap, items: &IdMap, rows: (usize, usize)) -> Result<()> {
+    let sizes = [(users.len(), card.users, rows.0), (items.len(), card.items, rows.1)];
+    match sizes.iter().all(|&(ids, card, rows)| ids == card && ids == rows) {
+        true => Ok(()),
+        false => {
+            let told = format!("ids, card and weights disagree about the number of users and items: {sizes:?}");
+            Err(damaged(WEIGHTS_FILE, told))
+        }
+    }
+}
+
+fn write_model(
+    card: &ModelCard,
+    tensors: Vec<NamedTensor>,
+    users: &IdMap,
+    items: &IdMap,
+) -> Result<BTreeMap<String, Bytes>> {
+    let mut raw: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    for t in tensors {
+        raw.push((t.name, Dtype::F32, t.shape, le_bytes(&t.values, |v| v.to_le_bytes())));
+    }
+    for (name, map) in [("user_ids", users), ("item_ids", items)] {
+        match map.ids() {
+            IdColumn::Int(ids) => {
+                raw.push((name.to_owned(), Dtype::I64, vec![ids.len()], le_bytes(ids, |v| v.to_le_bytes())));
+            }
+            IdColumn::Str(ids) => {
+                let mut offsets = vec![0i64];
+                let mut text = Vec::new();
+                for id in ids {
+                    text.extend_from_slice(id.as_bytes());
+                    offsets.push(text.len() as i64);
+                }
+                let places = le_bytes(&offsets, |v| v.to_le_bytes());
+                raw.push((name.to_owned(), Dtype::U8, vec![text.len()], text));
+                raw.push((format!("{name}.offsets"), Dtype::I64, vec![offsets.len()], places));
+            }
+        }
+    }
+    let views = raw
+        .iter()
+        .map(|(name, dtype, shape, bytes)| Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?)))
+        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
+    let weights = views
+        .and_then(|views| safetensors::serialize(views, None))
+        .map_err(|e| Error::internal("the model cannot be written as safetensors").because(e))?;
+    let card = serde_json::to_vec_pretty(card)
+        .map_err(|e| Error::internal("the model card cannot be written as JSON").because(e))?;
+    Ok(BTreeMap::from([(CARD_FILE.to_owned(), Bytes::from(card)), (WEIGHTS_FILE.to_owned(), Bytes::from(weights))]))
 }
 
 /// f32 tensors as a safetensors file.
@@ -387,5 +466,47 @@ mod tests {
         bytes[at..at + 16].copy_from_slice(&two.iter().chain(&one).copied().collect::<Vec<u8>>());
         files.insert(WEIGHTS_FILE.to_owned(), bytes.into());
         assert!(TrainedModel::from_files(&files).err().unwrap().message.contains("sorted"));
+    }
+
+    #[test]
+    fn a_rating_model_keeps_its_fields_and_is_refused_where_it_is_damaged() {
+        use super::super::rating::{Ratings, golden::tiny};
+        use super::super::{FitContext, Unwatched};
+        let (set, entities, goods, rows, ratings) = tiny();
+        let data = Ratings {
+            fields: &set,
+            users: &entities,
+            items: &goods,
+            train: &rows,
+            train_ratings: &ratings,
+            valid: &rows,
+            valid_ratings: &ratings,
+        };
+        let hyper = serde_json::json!({"dnn_hidden_units": [4], "epochs": 2});
+        let model = registry::find("deepfm").unwrap().rating_recommender(&hyper).unwrap();
+        let device = &crate::device::Device::Cpu;
+        let fit = model.fit(&data, &FitContext { seed: 1, device, watch: &Unwatched, checkpoints: None }).unwrap();
+        let saved = TrainedRater {
+            card: ModelCard::new("deepfm", model.hyper(), 3, 4),
+            users: IdMap::new(&[&strings(&["a", "b", "c"])]).unwrap(),
+            items: IdMap::new(&[&IdColumn::Int(vec![1, 2, 3, 4])]).unwrap(),
+            predictor: fit.predictor,
+        };
+        let files = saved.to_files().unwrap();
+        let loaded = TrainedRater::from_files(&files).unwrap();
+        assert_eq!(loaded.predictor.fields(), &set);
+        let predict = |model: &TrainedRater| model.predictor.predict(&entities, &goods, &rows).unwrap();
+        assert_eq!(predict(&loaded), predict(&saved));
+        assert_eq!(loaded.to_files().unwrap(), files);
+        for name in [CARD_FILE, WEIGHTS_FILE, FIELDS_FILE] {
+            for length in (0..files[name].len()).step_by(7) {
+                let mut cut = files.clone();
+                cut.insert(name.to_owned(), files[name].slice(..length));
+                let error = TrainedRater::from_files(&cut).err().expect("a cut file must be refused");
+                assert_eq!(error.fault.exit_code(), 65);
+                assert!(error.message.contains(name), "{error}");
+            }
+        }
+        assert!(TrainedModel::from_files(&files).err().unwrap().message.contains("`deepfm`"));
     }
 }
