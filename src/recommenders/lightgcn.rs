@@ -16,7 +16,7 @@ use super::pairwise::{self, PairwiseConfig, PairwiseModel};
 use super::registry::{Backbone, Make, Task};
 use super::sparse::{Csr, SparseMatrix};
 use super::trainer::Schedule;
-use super::{Fit, FitContext, Interactions, Recommender, hyper};
+use super::{Embeds, Fit, FitContext, Interactions, Recommender, hyper};
 use crate::device::ModelBackend;
 use crate::error::Result;
 use crate::interactions::Histories;
@@ -111,6 +111,10 @@ impl PairwiseModel for LightGcn {
 impl Recommender for LightGcnHyper {
     fn hyper(&self) -> serde_json::Value {
         hyper::to_json(self)
+    }
+
+    fn embeds(&self) -> Embeds {
+        Embeds::Both
     }
 
     fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {

@@ -4,7 +4,8 @@
 //! fitted on) and `model.safetensors` (the backbone's tensors and the ids). Tensors: those of
 //! [`Scorer::tensors`], f32, and for users and items each either `user_ids` (I64 `[users]`) or, for string
 //! ids, `user_ids` (U8, the ids' UTF-8 one after another) with `user_ids.offsets` (I64 `[users + 1]`).
-//! Index `n` of a table belongs to id `n`; ids are sorted and distinct.
+//! Index `n` of a table belongs to id `n`; ids are sorted and distinct. A rating model ([`TrainedPredictor`]) has the
+//! tensors of [`Predictor::tensors`] and its fields in `model.json`.
 //!
 //! A file that is cut short, damaged or of another kind is refused with exit 65; lengths are
 //! checked before anything is allocated (by the safetensors reader, against the file's size).
@@ -15,9 +16,11 @@ use bytes::Bytes;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::{Scorer, registry};
+use super::rating::Predictor;
+use super::{Backbone, Scorer, registry};
 use crate::error::{Error, Result};
 use crate::interactions::IdMap;
+use crate::interactions::fields::FieldSet;
 use crate::tables::IdColumn;
 
 /// The weights and ids.
@@ -104,15 +107,27 @@ pub struct ModelCard {
     pub users: usize,
     /// Number of items.
     pub items: usize,
-    /// `train`: the weights have not seen the validation items.
+    /// `train`: the weights have not seen the validation items. `train+valid`: they were fitted again on both.
     pub weights_fit_on: String,
-    /// The epoch that the weights come from.
+    /// The epoch that was the best on validation; the weights have seen so many epochs.
     pub best_epoch: usize,
     /// Seed of the fit.
     pub seed: u64,
+    /// sha256 (hex) of what the weights were fitted on, as dense indices.
+    #[serde(default)]
+    pub data_sha256: String,
+    /// Figures of the fit: `valid_ndcg_10`, or `valid_rmse` of a rating model, of the best epoch.
+    #[serde(default)]
+    pub metrics: BTreeMap<String, f64>,
+    /// The fields of a rating model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fields: Option<FieldSet>,
+    /// What stands between the values of a rating model's multi-valued columns of strings.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub separator: Option<String>,
 }
 
-/// A fitted model with the ids that its indices stand for.
+/// A fitted model that ranks items, with the ids that its indices stand for.
 pub struct TrainedModel {
     /// What it is.
     pub card: ModelCard,
@@ -137,6 +152,10 @@ impl ModelCard {
             weights_fit_on: "train".to_owned(),
             best_epoch: 0,
             seed: 0,
+            data_sha256: String::new(),
+            metrics: BTreeMap::new(),
+            fields: None,
+            separator: None,
         }
     }
 }
@@ -147,66 +166,146 @@ impl TrainedModel {
     /// # Errors
     /// Only our bugs.
     pub fn to_files(&self) -> Result<BTreeMap<String, Bytes>> {
-        let mut raw: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
-        for t in self.scorer.tensors() {
-            raw.push((t.name, Dtype::F32, t.shape, le_bytes(&t.values, |v| v.to_le_bytes())));
-        }
-        for (name, map) in [("user_ids", &self.users), ("item_ids", &self.items)] {
-            match map.ids() {
-                IdColumn::Int(ids) => {
-                    raw.push((name.to_owned(), Dtype::I64, vec![ids.len()], le_bytes(ids, |v| v.to_le_bytes())));
-                }
-                IdColumn::Str(ids) => {
-                    let mut offsets = vec![0i64];
-                    let mut text = Vec::new();
-                    for id in ids {
-                        text.extend_from_slice(id.as_bytes());
-                        offsets.push(text.len() as i64);
-                    }
-                    let places = le_bytes(&offsets, |v| v.to_le_bytes());
-                    raw.push((name.to_owned(), Dtype::U8, vec![text.len()], text));
-                    raw.push((format!("{name}.offsets"), Dtype::I64, vec![offsets.len()], places));
-                }
-            }
-        }
-        let views = raw
-            .iter()
-            .map(|(name, dtype, shape, bytes)| Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?)))
-            .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
-        let weights = views
-            .and_then(|views| safetensors::serialize(views, None))
-            .map_err(|e| Error::internal("the model cannot be written as safetensors").because(e))?;
-        let card = serde_json::to_vec_pretty(&self.card)
-            .map_err(|e| Error::internal("the model card cannot be written as JSON").because(e))?;
-        Ok(BTreeMap::from([(CARD_FILE.to_owned(), Bytes::from(card)), (WEIGHTS_FILE.to_owned(), Bytes::from(weights))]))
+        write_files(&self.card, &self.users, &self.items, self.scorer.tensors())
     }
 
     /// The model that [`TrainedModel::to_files`] wrote.
     ///
     /// # Errors
-    /// A file is missing, damaged, or fits neither the other nor this program (exit 65).
+    /// A file is missing, damaged, or fits neither the other nor this program (exit 65); the model predicts ratings
+    /// (exit 78).
     pub fn from_files(files: &BTreeMap<String, Bytes>) -> Result<Self> {
-        let file = |name: &str| files.get(name).ok_or_else(|| damaged(name, "it is missing".to_owned()));
-        let card: ModelCard = serde_json::from_slice(file(CARD_FILE)?)
-            .map_err(|e| damaged(CARD_FILE, format!("it is no model card: {e}")))?;
-        if card.format != FORMAT || card.version != VERSION {
-            let found = format!("it has format `{}`, version {}", card.format, card.version);
-            return Err(damaged(CARD_FILE, format!("{found}; `{FORMAT}`, version {VERSION} is wanted")));
-        }
-        let backbone = registry::find(&card.model)
-            .map_err(|e| damaged(CARD_FILE, format!("{}; this program may be older than the model", e.message)))?;
-        let weights = SafeTensors::deserialize(file(WEIGHTS_FILE)?)
-            .map_err(|e| damaged(WEIGHTS_FILE, format!("it is no safetensors file: {e}")))?;
-        let users = read_ids(&weights, "user_ids")?;
-        let items = read_ids(&weights, "item_ids")?;
-        let tensors = Tensors::new(f32_tensors(&weights));
+        let Parts { card, backbone, users, items, tensors } = read_files(files)?;
         let scorer = backbone.scorer(&card.hyper, &tensors).map_err(|e| e.at(WEIGHTS_FILE))?;
-        let sizes = [(users.len(), card.users, scorer.n_users()), (items.len(), card.items, scorer.n_items())];
-        if sizes.iter().any(|&(ids, card, rows)| ids != card || ids != rows) {
-            let told = format!("ids, card and weights disagree about the number of users and items: {sizes:?}");
-            return Err(damaged(WEIGHTS_FILE, told));
-        }
+        check_sizes(&card, &users, &items, (scorer.n_users(), scorer.n_items()))?;
         Ok(TrainedModel { card, users, items, scorer })
+    }
+}
+
+/// A fitted model that predicts ratings, with the ids that its indices stand for.
+pub struct TrainedPredictor {
+    /// What it is; its `fields` are the predictor's.
+    pub card: ModelCard,
+    /// User ids by index.
+    pub users: IdMap,
+    /// Item ids by index.
+    pub items: IdMap,
+    /// The model.
+    pub predictor: Box<dyn Predictor>,
+}
+
+impl TrainedPredictor {
+    /// The model as named files; the same model gives the same bytes.
+    ///
+    /// # Errors
+    /// Only our bugs.
+    pub fn to_files(&self) -> Result<BTreeMap<String, Bytes>> {
+        let card = ModelCard { fields: Some(self.predictor.fields().clone()), ..self.card.clone() };
+        write_files(&card, &self.users, &self.items, self.predictor.tensors())
+    }
+
+    /// The model that [`TrainedPredictor::to_files`] wrote.
+    ///
+    /// # Errors
+    /// A file is missing, damaged, or fits neither the other nor this program (exit 65); the model ranks items
+    /// (exit 78).
+    pub fn from_files(files: &BTreeMap<String, Bytes>) -> Result<Self> {
+        let Parts { card, backbone, users, items, tensors } = read_files(files)?;
+        let fields = match &card.fields {
+            Some(fields) => fields.clone(),
+            None => FieldSet { n_users: users.len(), n_items: items.len(), fields: Vec::new() },
+        };
+        let predictor = backbone.predictor(&card.hyper, &fields, &tensors).map_err(|e| e.at(WEIGHTS_FILE))?;
+        check_sizes(&card, &users, &items, (predictor.fields().n_users, predictor.fields().n_items))?;
+        Ok(TrainedPredictor { card, users, items, predictor })
+    }
+}
+
+/// The card of a model's files, of either task.
+///
+/// # Errors
+/// It is missing, damaged or of another version (exit 65).
+pub fn read_card(files: &BTreeMap<String, Bytes>) -> Result<ModelCard> {
+    let file = files.get(CARD_FILE).ok_or_else(|| damaged(CARD_FILE, "it is missing".to_owned()))?;
+    let card: ModelCard =
+        serde_json::from_slice(file).map_err(|e| damaged(CARD_FILE, format!("it is no model card: {e}")))?;
+    if card.format != FORMAT || card.version != VERSION {
+        let found = format!("it has format `{}`, version {}", card.format, card.version);
+        return Err(damaged(CARD_FILE, format!("{found}; `{FORMAT}`, version {VERSION} is wanted")));
+    }
+    Ok(card)
+}
+
+fn write_files(
+    card: &ModelCard,
+    users: &IdMap,
+    items: &IdMap,
+    tensors: Vec<NamedTensor>,
+) -> Result<BTreeMap<String, Bytes>> {
+    let mut raw: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    for t in tensors {
+        raw.push((t.name, Dtype::F32, t.shape, le_bytes(&t.values, |v| v.to_le_bytes())));
+    }
+    for (name, map) in [("user_ids", users), ("item_ids", items)] {
+        match map.ids() {
+            IdColumn::Int(ids) => {
+                raw.push((name.to_owned(), Dtype::I64, vec![ids.len()], le_bytes(ids, |v| v.to_le_bytes())));
+            }
+            IdColumn::Str(ids) => {
+                let mut offsets = vec![0i64];
+                let mut text = Vec::new();
+                for id in ids {
+                    text.extend_from_slice(id.as_bytes());
+                    offsets.push(text.len() as i64);
+                }
+                let places = le_bytes(&offsets, |v| v.to_le_bytes());
+                raw.push((name.to_owned(), Dtype::U8, vec![text.len()], text));
+                raw.push((format!("{name}.offsets"), Dtype::I64, vec![offsets.len()], places));
+            }
+        }
+    }
+    let views = raw
+        .iter()
+        .map(|(name, dtype, shape, bytes)| Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?)))
+        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
+    let weights = views
+        .and_then(|views| safetensors::serialize(views, None))
+        .map_err(|e| Error::internal("the model cannot be written as safetensors").because(e))?;
+    let card = serde_json::to_vec_pretty(card)
+        .map_err(|e| Error::internal("the model card cannot be written as JSON").because(e))?;
+    Ok(BTreeMap::from([(CARD_FILE.to_owned(), Bytes::from(card)), (WEIGHTS_FILE.to_owned(), Bytes::from(weights))]))
+}
+
+/// What is in a model's files, before its weights become a model.
+struct Parts {
+    card: ModelCard,
+    backbone: &'static Backbone,
+    users: IdMap,
+    items: IdMap,
+    tensors: Tensors,
+}
+
+fn read_files(files: &BTreeMap<String, Bytes>) -> Result<Parts> {
+    let card = read_card(files)?;
+    let backbone = registry::find(&card.model)
+        .map_err(|e| damaged(CARD_FILE, format!("{}; this program may be older than the model", e.message)))?;
+    let file = files.get(WEIGHTS_FILE).ok_or_else(|| damaged(WEIGHTS_FILE, "it is missing".to_owned()))?;
+    let weights =
+        SafeTensors::deserialize(file).map_err(|e| damaged(WEIGHTS_FILE, format!("it is no safetensors file: {e}")))?;
+    let users = read_ids(&weights, "user_ids")?;
+    let items = read_ids(&weights, "item_ids")?;
+    Ok(Parts { card, backbone, users, items, tensors: Tensors::new(f32_tensors(&weights)) })
+}
+
+/// Ids, card and weights must agree about the number of users and items.
+fn check_sizes(card: &ModelCard, users: &IdMap, items: &IdMap, rows: (usize, usize)) -> Result<()> {
+    let sizes = [(users.len(), card.users, rows.0), (items.len(), card.items, rows.1)];
+    match sizes.iter().all(|&(ids, card, rows)| ids == card && ids == rows) {
+        true => Ok(()),
+        false => Err(damaged(
+            WEIGHTS_FILE,
+            format!("ids, card and weights disagree about the number of users and items: {sizes:?}"),
+        )),
     }
 }
 
