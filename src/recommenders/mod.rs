@@ -7,20 +7,43 @@
 //!
 //! Adding a backbone: one file here, its `pub mod` line, its entry in [`registry::BACKBONES`].
 
+pub mod afm;
+pub mod autoint;
+pub mod bert4rec;
 pub mod checkpoint;
+pub mod cl4srec;
+#[cfg(test)]
+mod closed_form_tests;
+pub mod dcn;
+pub mod deepfm;
+pub mod ease;
 pub mod embedding_scorer;
+pub mod gf_cf;
+pub mod graph;
 pub mod hyper;
+pub mod ials;
+pub mod item_item;
+pub mod item_knn;
 pub mod lightgcn;
+pub mod linear_algebra;
 pub mod mf;
+pub mod nfm;
 pub mod ops;
 pub mod optim;
 pub mod pairwise;
+#[cfg(test)]
+mod pairwise_golden;
+pub mod popularity;
+pub mod ranking_loss;
 pub mod rating;
 pub mod registry;
+pub mod sasrec;
 pub mod saved;
+pub mod sequential;
 pub mod sparse;
 pub mod topk;
 pub mod trainer;
+pub mod xdeepfm;
 
 use crate::device::Device;
 use crate::error::Result;

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::rating::{Predictor, RatingRecommender};
 use super::saved::Tensors;
-use super::{Recommender, Scorer, hyper, lightgcn, mf};
+use super::{Recommender, Scorer, hyper};
 use crate::error::{Error, Result};
 use crate::interactions::fields::FieldSet;
 
@@ -54,7 +54,28 @@ pub enum Make {
 }
 
 /// The backbones in the order of the docs.
-pub static BACKBONES: &[Backbone] = &[mf::BACKBONE, lightgcn::BACKBONE];
+pub static BACKBONES: &[Backbone] = &[
+    // Baselines, in closed form or by alternating least squares.
+    super::popularity::BACKBONE,
+    super::item_knn::BACKBONE,
+    super::ials::BACKBONE,
+    super::gf_cf::BACKBONE,
+    super::ease::BACKBONE,
+    // Direct top-k.
+    super::mf::BACKBONE,
+    super::lightgcn::BACKBONE,
+    // Sequential top-k.
+    super::sasrec::BACKBONE,
+    super::bert4rec::BACKBONE,
+    super::cl4srec::BACKBONE,
+    // Rating.
+    super::deepfm::BACKBONE,
+    super::nfm::BACKBONE,
+    super::dcn::BACKBONE,
+    super::afm::BACKBONE,
+    super::xdeepfm::BACKBONE,
+    super::autoint::BACKBONE,
+];
 
 /// The backbone of that name.
 ///

@@ -4,8 +4,9 @@
 //! fitted on) and `model.safetensors` (the backbone's tensors and the ids). Tensors: those of
 //! [`Scorer::tensors`], f32, and for users and items each either `user_ids` (I64 `[users]`) or, for string
 //! ids, `user_ids` (U8, the ids' UTF-8 one after another) with `user_ids.offsets` (I64 `[users + 1]`).
-//! Index `n` of a table belongs to id `n`; ids are sorted and distinct. A rating model ([`TrainedPredictor`]) has the
-//! tensors of [`Predictor::tensors`] and its fields in `model.json`.
+//! Index `n` of a table belongs to id `n`; ids are sorted and distinct.
+//!
+//! A rating model ([`TrainedRater`]) has a third file: `fields.json`, its [`FieldSet`](crate::interactions::fields).
 //!
 //! A file that is cut short, damaged or of another kind is refused with exit 65; lengths are
 //! checked before anything is allocated (by the safetensors reader, against the file's size).
@@ -16,8 +17,9 @@ use bytes::Bytes;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
+use super::Scorer;
 use super::rating::Predictor;
-use super::{Backbone, Scorer, registry};
+use super::registry::{self, Backbone};
 use crate::error::{Error, Result};
 use crate::interactions::IdMap;
 use crate::interactions::fields::FieldSet;
@@ -27,6 +29,8 @@ use crate::tables::IdColumn;
 pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// What the weights are.
 pub const CARD_FILE: &str = "model.json";
+/// The fields of a rating model.
+pub const FIELDS_FILE: &str = "fields.json";
 /// `format` of `model.json`.
 const FORMAT: &str = "tailfuse-recommender";
 /// `version` of `model.json` that this code writes and reads.
@@ -119,15 +123,12 @@ pub struct ModelCard {
     /// Figures of the fit: `valid_ndcg_10`, or `valid_rmse` of a rating model, of the best epoch.
     #[serde(default)]
     pub metrics: BTreeMap<String, f64>,
-    /// The fields of a rating model.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub fields: Option<FieldSet>,
     /// What stands between the values of a rating model's multi-valued columns of strings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub separator: Option<String>,
 }
 
-/// A fitted model that ranks items, with the ids that its indices stand for.
+/// A fitted model with the ids that its indices stand for.
 pub struct TrainedModel {
     /// What it is.
     pub card: ModelCard,
@@ -154,10 +155,21 @@ impl ModelCard {
             seed: 0,
             data_sha256: String::new(),
             metrics: BTreeMap::new(),
-            fields: None,
             separator: None,
         }
     }
+}
+
+/// A fitted rating model with the ids that its indices stand for.
+pub struct TrainedRater {
+    /// What it is.
+    pub card: ModelCard,
+    /// User ids by index.
+    pub users: IdMap,
+    /// Item ids by index.
+    pub items: IdMap,
+    /// The model, with its fields.
+    pub predictor: Box<dyn Predictor>,
 }
 
 impl TrainedModel {
@@ -166,59 +178,59 @@ impl TrainedModel {
     /// # Errors
     /// Only our bugs.
     pub fn to_files(&self) -> Result<BTreeMap<String, Bytes>> {
-        write_files(&self.card, &self.users, &self.items, self.scorer.tensors())
+        write_model(&self.card, self.scorer.tensors(), &self.users, &self.items)
     }
 
     /// The model that [`TrainedModel::to_files`] wrote.
     ///
     /// # Errors
-    /// A file is missing, damaged, or fits neither the other nor this program (exit 65); the model predicts ratings
-    /// (exit 78).
+    /// A file is missing, damaged, or fits neither the other nor this program (exit 65).
     pub fn from_files(files: &BTreeMap<String, Bytes>) -> Result<Self> {
-        let Parts { card, backbone, users, items, tensors } = read_files(files)?;
+        let Read { card, backbone, tensors, users, items } = read_model(files)?;
         let scorer = backbone.scorer(&card.hyper, &tensors).map_err(|e| e.at(WEIGHTS_FILE))?;
         check_sizes(&card, &users, &items, (scorer.n_users(), scorer.n_items()))?;
         Ok(TrainedModel { card, users, items, scorer })
     }
 }
 
-/// A fitted model that predicts ratings, with the ids that its indices stand for.
-pub struct TrainedPredictor {
-    /// What it is; its `fields` are the predictor's.
-    pub card: ModelCard,
-    /// User ids by index.
-    pub users: IdMap,
-    /// Item ids by index.
-    pub items: IdMap,
-    /// The model.
-    pub predictor: Box<dyn Predictor>,
-}
-
-impl TrainedPredictor {
+impl TrainedRater {
     /// The model as named files; the same model gives the same bytes.
     ///
     /// # Errors
     /// Only our bugs.
     pub fn to_files(&self) -> Result<BTreeMap<String, Bytes>> {
-        let card = ModelCard { fields: Some(self.predictor.fields().clone()), ..self.card.clone() };
-        write_files(&card, &self.users, &self.items, self.predictor.tensors())
+        let mut files = write_model(&self.card, self.predictor.tensors(), &self.users, &self.items)?;
+        let fields = serde_json::to_vec_pretty(self.predictor.fields())
+            .map_err(|e| Error::internal("the fields cannot be written as JSON").because(e))?;
+        files.insert(FIELDS_FILE.to_owned(), Bytes::from(fields));
+        Ok(files)
     }
 
-    /// The model that [`TrainedPredictor::to_files`] wrote.
+    /// The model that [`TrainedRater::to_files`] wrote.
     ///
     /// # Errors
-    /// A file is missing, damaged, or fits neither the other nor this program (exit 65); the model ranks items
-    /// (exit 78).
+    /// A file is missing, damaged, or fits neither the others nor this program (exit 65).
     pub fn from_files(files: &BTreeMap<String, Bytes>) -> Result<Self> {
-        let Parts { card, backbone, users, items, tensors } = read_files(files)?;
-        let fields = match &card.fields {
-            Some(fields) => fields.clone(),
-            None => FieldSet { n_users: users.len(), n_items: items.len(), fields: Vec::new() },
-        };
+        let Read { card, backbone, tensors, users, items } = read_model(files)?;
+        let fields: FieldSet = serde_json::from_slice(file(files, FIELDS_FILE)?)
+            .map_err(|e| damaged(FIELDS_FILE, format!("it holds no fields: {e}")))?;
+        check_sizes(&card, &users, &items, (fields.n_users, fields.n_items))?;
         let predictor = backbone.predictor(&card.hyper, &fields, &tensors).map_err(|e| e.at(WEIGHTS_FILE))?;
-        check_sizes(&card, &users, &items, (predictor.fields().n_users, predictor.fields().n_items))?;
-        Ok(TrainedPredictor { card, users, items, predictor })
+        Ok(TrainedRater { card, users, items, predictor })
     }
+}
+
+/// What every model's files hold.
+struct Read {
+    card: ModelCard,
+    backbone: &'static Backbone,
+    tensors: Tensors,
+    users: IdMap,
+    items: IdMap,
+}
+
+fn file<'a>(files: &'a BTreeMap<String, Bytes>, name: &str) -> Result<&'a Bytes> {
+    files.get(name).ok_or_else(|| damaged(name, "it is missing".to_owned()))
 }
 
 /// The card of a model's files, of either task.
@@ -226,9 +238,8 @@ impl TrainedPredictor {
 /// # Errors
 /// It is missing, damaged or of another version (exit 65).
 pub fn read_card(files: &BTreeMap<String, Bytes>) -> Result<ModelCard> {
-    let file = files.get(CARD_FILE).ok_or_else(|| damaged(CARD_FILE, "it is missing".to_owned()))?;
-    let card: ModelCard =
-        serde_json::from_slice(file).map_err(|e| damaged(CARD_FILE, format!("it is no model card: {e}")))?;
+    let card: ModelCard = serde_json::from_slice(file(files, CARD_FILE)?)
+        .map_err(|e| damaged(CARD_FILE, format!("it is no model card: {e}")))?;
     if card.format != FORMAT || card.version != VERSION {
         let found = format!("it has format `{}`, version {}", card.format, card.version);
         return Err(damaged(CARD_FILE, format!("{found}; `{FORMAT}`, version {VERSION} is wanted")));
@@ -236,11 +247,34 @@ pub fn read_card(files: &BTreeMap<String, Bytes>) -> Result<ModelCard> {
     Ok(card)
 }
 
-fn write_files(
+fn read_model(files: &BTreeMap<String, Bytes>) -> Result<Read> {
+    let card = read_card(files)?;
+    let backbone = registry::find(&card.model)
+        .map_err(|e| damaged(CARD_FILE, format!("{}; this program may be older than the model", e.message)))?;
+    let weights = SafeTensors::deserialize(file(files, WEIGHTS_FILE)?)
+        .map_err(|e| damaged(WEIGHTS_FILE, format!("it is no safetensors file: {e}")))?;
+    let users = read_ids(&weights, "user_ids")?;
+    let items = read_ids(&weights, "item_ids")?;
+    Ok(Read { card, backbone, tensors: Tensors::new(f32_tensors(&weights)), users, items })
+}
+
+/// Ids, card and weights (`rows`: users and items) must agree.
+fn check_sizes(card: &ModelCard, users: &IdMap, items: &IdMap, rows: (usize, usize)) -> Result<()> {
+    let sizes = [(users.len(), card.users, rows.0), (items.len(), card.items, rows.1)];
+    match sizes.iter().all(|&(ids, card, rows)| ids == card && ids == rows) {
+        true => Ok(()),
+        false => {
+            let told = format!("ids, card and weights disagree about the number of users and items: {sizes:?}");
+            Err(damaged(WEIGHTS_FILE, told))
+        }
+    }
+}
+
+fn write_model(
     card: &ModelCard,
+    tensors: Vec<NamedTensor>,
     users: &IdMap,
     items: &IdMap,
-    tensors: Vec<NamedTensor>,
 ) -> Result<BTreeMap<String, Bytes>> {
     let mut raw: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
     for t in tensors {
@@ -274,39 +308,6 @@ fn write_files(
     let card = serde_json::to_vec_pretty(card)
         .map_err(|e| Error::internal("the model card cannot be written as JSON").because(e))?;
     Ok(BTreeMap::from([(CARD_FILE.to_owned(), Bytes::from(card)), (WEIGHTS_FILE.to_owned(), Bytes::from(weights))]))
-}
-
-/// What is in a model's files, before its weights become a model.
-struct Parts {
-    card: ModelCard,
-    backbone: &'static Backbone,
-    users: IdMap,
-    items: IdMap,
-    tensors: Tensors,
-}
-
-fn read_files(files: &BTreeMap<String, Bytes>) -> Result<Parts> {
-    let card = read_card(files)?;
-    let backbone = registry::find(&card.model)
-        .map_err(|e| damaged(CARD_FILE, format!("{}; this program may be older than the model", e.message)))?;
-    let file = files.get(WEIGHTS_FILE).ok_or_else(|| damaged(WEIGHTS_FILE, "it is missing".to_owned()))?;
-    let weights =
-        SafeTensors::deserialize(file).map_err(|e| damaged(WEIGHTS_FILE, format!("it is no safetensors file: {e}")))?;
-    let users = read_ids(&weights, "user_ids")?;
-    let items = read_ids(&weights, "item_ids")?;
-    Ok(Parts { card, backbone, users, items, tensors: Tensors::new(f32_tensors(&weights)) })
-}
-
-/// Ids, card and weights must agree about the number of users and items.
-fn check_sizes(card: &ModelCard, users: &IdMap, items: &IdMap, rows: (usize, usize)) -> Result<()> {
-    let sizes = [(users.len(), card.users, rows.0), (items.len(), card.items, rows.1)];
-    match sizes.iter().all(|&(ids, card, rows)| ids == card && ids == rows) {
-        true => Ok(()),
-        false => Err(damaged(
-            WEIGHTS_FILE,
-            format!("ids, card and weights disagree about the number of users and items: {sizes:?}"),
-        )),
-    }
 }
 
 /// f32 tensors as a safetensors file.
@@ -486,5 +487,47 @@ mod tests {
         bytes[at..at + 16].copy_from_slice(&two.iter().chain(&one).copied().collect::<Vec<u8>>());
         files.insert(WEIGHTS_FILE.to_owned(), bytes.into());
         assert!(TrainedModel::from_files(&files).err().unwrap().message.contains("sorted"));
+    }
+
+    #[test]
+    fn a_rating_model_keeps_its_fields_and_is_refused_where_it_is_damaged() {
+        use super::super::rating::{Ratings, golden::tiny};
+        use super::super::{FitContext, Unwatched};
+        let (set, entities, goods, rows, ratings) = tiny();
+        let data = Ratings {
+            fields: &set,
+            users: &entities,
+            items: &goods,
+            train: &rows,
+            train_ratings: &ratings,
+            valid: &rows,
+            valid_ratings: &ratings,
+        };
+        let hyper = serde_json::json!({"dnn_hidden_units": [4], "epochs": 2});
+        let model = registry::find("deepfm").unwrap().rating_recommender(&hyper).unwrap();
+        let device = &crate::device::Device::Cpu;
+        let fit = model.fit(&data, &FitContext { seed: 1, device, watch: &Unwatched, checkpoints: None }).unwrap();
+        let saved = TrainedRater {
+            card: ModelCard::new("deepfm", model.hyper(), 3, 4),
+            users: IdMap::new(&[&strings(&["a", "b", "c"])]).unwrap(),
+            items: IdMap::new(&[&IdColumn::Int(vec![1, 2, 3, 4])]).unwrap(),
+            predictor: fit.predictor,
+        };
+        let files = saved.to_files().unwrap();
+        let loaded = TrainedRater::from_files(&files).unwrap();
+        assert_eq!(loaded.predictor.fields(), &set);
+        let predict = |model: &TrainedRater| model.predictor.predict(&entities, &goods, &rows).unwrap();
+        assert_eq!(predict(&loaded), predict(&saved));
+        assert_eq!(loaded.to_files().unwrap(), files);
+        for name in [CARD_FILE, WEIGHTS_FILE, FIELDS_FILE] {
+            for length in (0..files[name].len()).step_by(7) {
+                let mut cut = files.clone();
+                cut.insert(name.to_owned(), files[name].slice(..length));
+                let error = TrainedRater::from_files(&cut).err().expect("a cut file must be refused");
+                assert_eq!(error.fault.exit_code(), 65);
+                assert!(error.message.contains(name), "{error}");
+            }
+        }
+        assert!(TrainedModel::from_files(&files).err().unwrap().message.contains("`deepfm`"));
     }
 }

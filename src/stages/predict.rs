@@ -24,7 +24,7 @@ use super::train::outputs::id_type;
 use crate::columns::{ITEM_ID, PREDICTED_RATING, USER_ID};
 use crate::error::{Error, Result};
 use crate::interactions::fields::{Entities, Field as SideField, Kind, Rows, Side, Values};
-use crate::recommenders::saved::TrainedPredictor;
+use crate::recommenders::saved::TrainedRater;
 use crate::tables::Table;
 
 /// `kind = "predict"`.
@@ -134,7 +134,7 @@ fn predictions(
     observer: &dyn Observer,
     cancel: &Cancel,
 ) -> Result<StageResult> {
-    let model = TrainedPredictor::from_files(&artifact.files).map_err(|e| e.at("input `model`"))?;
+    let model = TrainedRater::from_files(&artifact.files).map_err(|e| e.at("input `model`"))?;
     ids_like(pairs, "pairs", USER_ID, &model.users)?;
     ids_like(pairs, "pairs", ITEM_ID, &model.items)?;
     let fields = model.predictor.fields();

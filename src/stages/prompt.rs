@@ -2,38 +2,33 @@
 //!
 //! In: `shortlist`, `history`, `items`, perhaps `neighbours`. Out: `prompts`, one row per user and
 //! permutation, and `skipped`, one row per user without a prompt, with the reason. The text is made in
-//! [`crate::prompts`]; here tables become titles and prompts become tables.
+//! [`crate::prompts`]; here tables become titles ([`cases`]) and prompts become tables ([`writer`]).
+
+mod cases;
+mod writer;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, Int32Array, ListArray, StringArray};
-use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use async_trait::async_trait;
-use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
-use super::context::{InputSlot, Observer, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What};
+use self::cases::{Cases, Tables};
+use self::writer::{Writer, write_all};
+use super::context::{InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What};
 use super::registry::StageKind;
 use crate::columns::{
     CANDIDATE_TITLES, CANDIDATES, HISTORY_SHOWN, ITEM_ID, NEIGHBOUR_ID, PERMUTATION, POSITION, PROMPT, PROMPT_DIGEST,
     PROMPT_TOKENS, RANK, REASON, REC_RANK, SYSTEM, TITLE, TITLES_TRIMMED, USER_ID,
 };
 use crate::error::{Error, Result};
-use crate::interactions::{Histories, IdMap};
 use crate::llm::{ChatTokenizer, Message};
 use crate::prompts::templates::{TOPK_SYSTEM, TOPK_USER};
-use crate::prompts::topk::prompts_of;
-use crate::prompts::{
-    Budget, CandidateOrder, CandidateStyle, Templates, TopkOptions, TopkPrompt, UserCase, clean_title,
-};
-use crate::stages::context::Cancel;
-use crate::tables::{IdColumn, Table};
+use crate::prompts::{CandidateOrder, CandidateStyle, Templates};
 
 /// `kind = "prompt"`.
 pub const KIND: StageKind = StageKind {
@@ -44,9 +39,6 @@ pub const KIND: StageKind = StageKind {
     schema: || schemars::schema_for!(PromptConfig),
     resolve,
 };
-
-/// Users between two looks at the stop request and the progress.
-const BLOCK: usize = 256;
 
 /// Writes the prompts of a shortlist: instruction, interaction history, candidates, a similar user's history,
 /// the recommender's prediction, output (arXiv 2401.13870, section 4.3).
@@ -273,316 +265,6 @@ impl Stage for PromptStage {
     }
 }
 
-/// The inputs in memory.
-struct Tables {
-    shortlist: Table,
-    history: Table,
-    items: Table,
-    neighbours: Option<Table>,
-    neighbour_history: Option<Table>,
-    users: Option<Table>,
-}
-
-/// Counts the tokens of a chat.
-type CountChat<'a> = dyn Fn(&[Message]) -> Result<usize> + Sync + 'a;
-
-/// Turns one user's titles into prompts.
-struct Writer<'a> {
-    options: TopkOptions,
-    templates: Templates,
-    system: String,
-    count: &'a CountChat<'a>,
-}
-
-impl<'a> Writer<'a> {
-    fn new(
-        config: &PromptConfig,
-        seed: u64,
-        templates: Templates,
-        context: usize,
-        count: &'a CountChat<'a>,
-    ) -> Result<Self> {
-        let options = TopkOptions {
-            noun: config.noun.clone(),
-            style: config.candidate_style,
-            history_items: config.history_items,
-            similar_items: config.similar_items,
-            prediction_items: config.prediction_items,
-            permutations: config.permutations,
-            order: config.order,
-            seed,
-            budget: Budget { context, answer: config.answer_tokens, max_tokens: config.max_tokens },
-        };
-        let system = templates.system(&options.noun, options.style)?;
-        Ok(Writer { options, templates, system, count })
-    }
-
-    fn messages(&self, user_message: &str) -> [Message; 2] {
-        [Message::new("system", self.system.as_str()), Message::new("user", user_message)]
-    }
-
-    fn write(&self, case: &UserCase<'_>) -> Result<Vec<TopkPrompt>> {
-        prompts_of(case, &self.options, &self.templates, &|text| (self.count)(&self.messages(text)))
-    }
-
-    /// sha256 (hex) over role and content of each message, as the JSON `[[role, content], ...]`.
-    fn digest(&self, user_message: &str) -> String {
-        let pairs = self.messages(user_message).map(|m| [m.role, m.content]);
-        let json = Value::from(pairs.map(|pair| Value::from(pair.to_vec())).to_vec()).to_string();
-        Sha256::digest(json.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-}
-
-/// All users with their items and titles, by dense index.
-struct Cases {
-    users: IdMap,
-    items: IdMap,
-    /// `[items]`: the clean title, where there is one.
-    titles: Vec<Option<String>>,
-    /// Users to write for, ascending.
-    asked: Vec<u32>,
-    /// Best first.
-    shortlists: Histories,
-    /// Oldest first.
-    histories: Histories,
-    neighbour_histories: Option<Histories>,
-    /// Most similar first.
-    neighbours: Option<Histories>,
-    /// Items of the item table.
-    known: Vec<bool>,
-    /// Rows of the item table whose item an earlier row has.
-    repeated_items: usize,
-}
-
-impl Cases {
-    fn new(tables: &Tables, max_title_chars: usize) -> Result<Self> {
-        let shortlist = (tables.shortlist.ids(USER_ID)?, tables.shortlist.ids(ITEM_ID)?);
-        let history = (tables.history.ids(USER_ID)?, tables.history.ids(ITEM_ID)?);
-        let theirs = match &tables.neighbour_history {
-            Some(t) => Some((t.ids(USER_ID)?, t.ids(ITEM_ID)?)),
-            None => None,
-        };
-        let pairs = match &tables.neighbours {
-            Some(t) => Some((t.ids(USER_ID)?, t.ids(NEIGHBOUR_ID)?)),
-            None => None,
-        };
-        let only = tables.users.as_ref().map(|t| t.ids(USER_ID)).transpose()?;
-        let item_ids = tables.items.ids(ITEM_ID)?;
-
-        let (mut all_users, mut all_items) =
-            (vec![&shortlist.0, &history.0], vec![&shortlist.1, &history.1, &item_ids]);
-        if let Some((users, items)) = &theirs {
-            all_users.push(users);
-            all_items.push(items);
-        }
-        if let Some((users, neighbours)) = &pairs {
-            all_users.extend([users, neighbours]);
-        }
-        all_users.extend(&only);
-        let users = IdMap::new(&all_users).map_err(|e| e.at(format!("column `{USER_ID}`")))?;
-        let items = IdMap::new(&all_items).map_err(|e| e.at(format!("column `{ITEM_ID}`")))?;
-
-        let mut titles = vec![None; items.len()];
-        let mut known = vec![false; items.len()];
-        let mut repeated_items = 0;
-        for (item, title) in items.encode(&item_ids).into_iter().flatten().zip(tables.items.strings(TITLE)?) {
-            let item = item as usize;
-            repeated_items += usize::from(known[item]);
-            if !std::mem::replace(&mut known[item], true) {
-                titles[item] = title.and_then(|t| clean_title(&t, max_title_chars));
-            }
-        }
-
-        let grouped = |left: Vec<Option<u32>>, right: Vec<Option<u32>>, order: Vec<i32>| {
-            let mut rows: Vec<(u32, i32, u32)> = left
-                .into_iter()
-                .flatten()
-                .zip(order)
-                .zip(right.into_iter().flatten())
-                .map(|((l, o), r)| (l, o, r))
-                .collect();
-            rows.sort_unstable();
-            let pairs: Vec<(u32, u32)> = rows.into_iter().map(|(l, _, r)| (l, r)).collect();
-            Histories::from_pairs(users.len(), &pairs)
-        };
-        let by_position = |table: &Table, ids: &(IdColumn, IdColumn)| -> Result<Histories> {
-            Ok(grouped(users.encode(&ids.0), items.encode(&ids.1), table.i32s(POSITION)?))
-        };
-        let shortlists =
-            grouped(users.encode(&shortlist.0), items.encode(&shortlist.1), tables.shortlist.i32s(REC_RANK)?);
-        let histories = by_position(&tables.history, &history)?;
-        let neighbour_histories = match (&tables.neighbour_history, &theirs) {
-            (Some(table), Some(ids)) => Some(by_position(table, ids)?),
-            _ => None,
-        };
-        let neighbours = match (&tables.neighbours, &pairs) {
-            (Some(table), Some((of, who))) => Some(grouped(users.encode(of), users.encode(who), table.i32s(RANK)?)),
-            _ => None,
-        };
-        let wanted = only.map(|ids| {
-            let mut wanted = vec![false; users.len()];
-            users.encode(&ids).into_iter().flatten().for_each(|u| wanted[u as usize] = true);
-            wanted
-        });
-        let asked = (0..users.len() as u32)
-            .filter(|&u| !shortlists.of(u as usize).is_empty())
-            .filter(|&u| wanted.as_ref().is_none_or(|w| w[u as usize]))
-            .collect();
-        Ok(Cases {
-            users,
-            items,
-            titles,
-            asked,
-            shortlists,
-            histories,
-            neighbour_histories,
-            neighbours,
-            known,
-            repeated_items,
-        })
-    }
-
-    /// The titles of those items that have one.
-    fn titled(&self, items: &[u32]) -> Vec<&str> {
-        items.iter().filter_map(|&item| self.titles[item as usize].as_deref()).collect()
-    }
-
-    /// The history of the most similar user who has a titled item in it; empty where there is none.
-    /// It depends on nothing of `user` but the neighbours that the recommender's embeddings gave.
-    fn similar(&self, user: u32) -> Vec<&str> {
-        let Some(neighbours) = &self.neighbours else { return Vec::new() };
-        let histories = self.neighbour_histories.as_ref().unwrap_or(&self.histories);
-        let of = neighbours.of(user as usize).iter().filter(|&&neighbour| neighbour != user);
-        of.map(|&neighbour| self.titled(histories.of(neighbour as usize))).find(|t| !t.is_empty()).unwrap_or_default()
-    }
-}
-
-/// What came of one user.
-enum Outcome {
-    Skipped { user: u32, reason: &'static str },
-    Written { user: u32, candidates: Vec<u32>, prompts: Vec<TopkPrompt> },
-}
-
-fn write_one(writer: &Writer<'_>, cases: &Cases, user: u32) -> Result<Outcome> {
-    let history = cases.histories.of(user as usize);
-    if history.is_empty() {
-        return Ok(Outcome::Skipped { user, reason: "cold_user" });
-    }
-    let candidates: Vec<u32> = (cases.shortlists.of(user as usize).iter().copied())
-        .filter(|&item| cases.titles[item as usize].is_some())
-        .collect();
-    let history = cases.titled(history);
-    if candidates.len() < 2 || history.is_empty() {
-        return Ok(Outcome::Skipped { user, reason: "no_title" });
-    }
-    let prompts = writer.write(&UserCase {
-        user: &cases.users.ids().get(user as usize),
-        shortlist: &cases.titled(&candidates),
-        history: &history,
-        similar: &cases.similar(user),
-    })?;
-    Ok(Outcome::Written { user, candidates, prompts })
-}
-
-fn write_all(writer: &Writer<'_>, cases: &Cases, observer: &dyn Observer, cancel: &Cancel) -> Result<StageResult> {
-    observer.begin("users", cases.asked.len() as u64);
-    let mut outcomes = Vec::with_capacity(cases.asked.len());
-    for block in cases.asked.chunks(BLOCK) {
-        cancel.check()?;
-        // Collected before looking at errors, so that the first user's is reported on any number of threads.
-        let written: Vec<Result<Outcome>> = block.par_iter().map(|&user| write_one(writer, cases, user)).collect();
-        for outcome in written {
-            outcomes.push(outcome?);
-        }
-        observer.advance(block.len() as u64);
-    }
-    let result = StageResult::default()
-        .with_table("prompts", prompts_table(writer, cases, &outcomes)?)
-        .with_table("skipped", skipped_table(cases, &outcomes)?);
-    Ok(with_counters(result, cases, &outcomes))
-}
-
-fn prompts_table(writer: &Writer<'_>, cases: &Cases, outcomes: &[Outcome]) -> Result<Table> {
-    let rows: Vec<(u32, &[u32], &TopkPrompt)> = outcomes
-        .iter()
-        .flat_map(|outcome| match outcome {
-            Outcome::Skipped { .. } => Vec::new(),
-            Outcome::Written { user, candidates, prompts } => {
-                prompts.iter().map(|p| (*user, candidates.as_slice(), p)).collect()
-            }
-        })
-        .collect();
-    let ints = |f: &dyn Fn(&TopkPrompt) -> usize| -> ArrayRef {
-        Arc::new(rows.iter().map(|(_, _, p)| f(p) as i32).collect::<Int32Array>())
-    };
-    let shown: Vec<u32> =
-        rows.iter().flat_map(|(_, candidates, p)| p.order.iter().map(|&place| candidates[place])).collect();
-    let lists = |values: ArrayRef| -> Result<ArrayRef> {
-        let field = Arc::new(Field::new_list_field(values.data_type().clone(), false));
-        let offsets = OffsetBuffer::from_lengths(rows.iter().map(|(_, _, p)| p.order.len()));
-        Ok(Arc::new(ListArray::try_new(field, offsets, values, None)?))
-    };
-    let digests: Vec<String> = rows.par_iter().map(|(_, _, p)| writer.digest(&p.text)).collect();
-    Table::from_columns(vec![
-        (USER_ID, cases.users.ids().take(rows.iter().map(|(user, ..)| *user as usize)).to_array(), false),
-        (PERMUTATION, ints(&|p| p.permutation as usize), false),
-        (SYSTEM, Arc::new(StringArray::from_iter_values(rows.iter().map(|_| &writer.system))), false),
-        (PROMPT, Arc::new(StringArray::from_iter_values(rows.iter().map(|(_, _, p)| &p.text))), false),
-        (CANDIDATES, lists(cases.items.ids().take(shown.iter().map(|&item| item as usize)).to_array())?, false),
-        (CANDIDATE_TITLES, lists(Arc::new(StringArray::from_iter_values(cases.titled(&shown))))?, false),
-        (PROMPT_TOKENS, ints(&|p| p.tokens), false),
-        (HISTORY_SHOWN, ints(&|p| p.history_shown), false),
-        (TITLES_TRIMMED, ints(&|p| p.titles_trimmed), false),
-        (PROMPT_DIGEST, Arc::new(StringArray::from_iter_values(digests)), false),
-    ])
-}
-
-fn skipped_table(cases: &Cases, outcomes: &[Outcome]) -> Result<Table> {
-    let rows: Vec<(u32, &str)> = outcomes
-        .iter()
-        .filter_map(|outcome| match outcome {
-            Outcome::Skipped { user, reason } => Some((*user, *reason)),
-            Outcome::Written { .. } => None,
-        })
-        .collect();
-    Table::from_columns(vec![
-        (USER_ID, cases.users.ids().take(rows.iter().map(|(user, _)| *user as usize)).to_array(), false),
-        (REASON, Arc::new(StringArray::from_iter_values(rows.iter().map(|(_, reason)| *reason))), false),
-    ])
-}
-
-fn with_counters(result: StageResult, cases: &Cases, outcomes: &[Outcome]) -> StageResult {
-    let skipped = |wanted: &str| {
-        outcomes.iter().filter(|o| matches!(o, Outcome::Skipped { reason, .. } if *reason == wanted)).count()
-    };
-    let prompts: Vec<&TopkPrompt> = outcomes
-        .iter()
-        .filter_map(|o| match o {
-            Outcome::Written { prompts, .. } => Some(prompts),
-            Outcome::Skipped { .. } => None,
-        })
-        .flatten()
-        .collect();
-    let of_asked = |rows: &Histories, test: &dyn Fn(usize) -> bool| -> usize {
-        cases.asked.iter().flat_map(|&user| rows.of(user as usize)).filter(|&&item| test(item as usize)).count()
-    };
-    let untitled = |item: usize| cases.titles[item].is_none();
-    let absent = |item: usize| !cases.known[item];
-    result
-        .with_counter("users", cases.asked.len())
-        .with_counter("prompts", prompts.len())
-        .with_counter("skipped_no_title", skipped("no_title"))
-        .with_counter("skipped_cold_user", skipped("cold_user"))
-        .with_counter("candidates_without_title", of_asked(&cases.shortlists, &untitled))
-        .with_counter("history_without_title", of_asked(&cases.histories, &untitled))
-        .with_counter("history_not_in_item_table", of_asked(&cases.histories, &absent))
-        .with_counter("item_table_repeats", cases.repeated_items)
-        .with_counter("prompts_trimmed", prompts.iter().filter(|p| p.titles_trimmed > 0).count())
-        .with_counter("titles_trimmed", prompts.iter().map(|p| p.titles_trimmed).sum::<usize>())
-        .with_counter("prompt_tokens", prompts.iter().map(|p| p.tokens).sum::<usize>())
-        .with_counter("prompt_tokens_max", prompts.iter().map(|p| p.tokens).max().unwrap_or(0))
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
@@ -590,11 +272,12 @@ mod tests {
     use arrow::array::{AsArray, Int64Array};
     use serde_json::json;
 
-    use super::super::context::OutputTable;
+    use super::super::context::{Cancel, Observer, OutputTable};
     use super::super::split::split_table;
     use super::*;
     use crate::interactions::clean::tests::log;
     use crate::interactions::split::{HistoryAtTest, Method, SplitRule};
+    use crate::tables::{IdColumn, Table};
 
     struct Silent;
     impl Observer for Silent {

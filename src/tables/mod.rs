@@ -16,6 +16,8 @@ pub mod schemas;
 pub mod source;
 pub mod source_config;
 mod source_files;
+mod source_plan;
+mod source_tally;
 pub mod sql_errors;
 pub mod sql_memory;
 pub mod store;

@@ -10,23 +10,24 @@
 //! and a table `bad_rows` with the rows that cannot be used. Rows stream through: memory is
 //! bounded by a batch, a row group, and what [`SqlMemory`] allows for finding repeated rows.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, StringArray, new_null_array};
 use arrow::compute::filter_record_batch;
-use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
+use arrow::datatypes::{DataType, Int64Type, SchemaRef};
 use datafusion::physical_expr::PhysicalExpr;
 use futures::TryStreamExt;
 use serde_json::{Map, Value, json};
 
-use crate::columns::{ITEM_ID, RATING, REASON, ROW_ID, TIMESTAMP, TITLE, USER_ID};
-use crate::error::{Error, Result};
-use crate::tables::cleaning::{Problem, Rule, clean, safe_cast, type_after};
+use crate::columns::ROW_ID;
+use crate::error::Result;
+use crate::tables::cleaning::{Problem, Rule, clean, safe_cast};
 use crate::tables::parquet::TableWriter;
 use crate::tables::repeats::{self, Key, Repeats};
 use crate::tables::source_config::{SourceConfig, SourceRole};
 use crate::tables::source_files::{Content, SourceFile, Unified, predicate};
+use crate::tables::source_plan::{Plan, is_simple};
+use crate::tables::source_tally::{Place, Tally};
 use crate::tables::sql_errors::from_datafusion;
 use crate::tables::sql_memory::SqlMemory;
 use crate::tables::{Store, StoredTable};
@@ -34,8 +35,8 @@ use crate::tables::{Store, StoredTable};
 pub use crate::tables::source_files::{SourceObject, source_objects};
 
 /// Columns of `bad_rows` that come before the row's own.
-const FILE: &str = "file";
-const ROW_IN_FILE: &str = "row_in_file";
+pub(super) const FILE: &str = "file";
+pub(super) const ROW_IN_FILE: &str = "row_in_file";
 
 /// Where a source's tables go.
 pub struct SourceTarget<'a> {
@@ -153,245 +154,6 @@ async fn without(table: &StoredTable, rows: &[i64], target: &SourceTarget<'_>) -
     }
     writer.finish().await?;
     StoredTable::open(target.store, target.table_file).await
-}
-
-/// One output column.
-struct Output {
-    name: String,
-    /// Its place among the source's columns.
-    from: usize,
-    rule: Rule,
-}
-
-/// The config checked against the columns that are there.
-struct Plan {
-    role: SourceRole,
-    outputs: Vec<Output>,
-    schema: SchemaRef,
-    bad_schema: SchemaRef,
-    key: Option<Key>,
-}
-
-impl Plan {
-    fn new(name: &str, config: &SourceConfig, files: &[SourceFile], columns: &Unified) -> Result<Self> {
-        let own: Vec<&str> = columns.schema.fields().iter().map(|f| f.name().as_str()).collect();
-        for (ours, theirs) in &config.columns {
-            for file in files {
-                let in_folder = file.object.folders.names().any(|n| n == theirs);
-                if !in_folder && !file.columns.iter().any(|(c, _)| c == theirs) {
-                    let there: Vec<&str> =
-                        file.columns.iter().map(|(c, _)| c.as_str()).chain(file.object.folders.names()).collect();
-                    return Err(missing(name, theirs, Some(ours), &file.name, &there));
-                }
-            }
-        }
-        for theirs in config.types.keys() {
-            if !own.contains(&theirs.as_str()) {
-                let first = files.first().map(|f| f.name.as_str()).unwrap_or_default();
-                return Err(missing(name, theirs, None, first, &own).at("in `types`"));
-            }
-        }
-        let mut named: Vec<(String, usize)> = Vec::new();
-        for (from, column) in own.iter().enumerate() {
-            let ours: Vec<&String> = config.columns.iter().filter(|(_, t)| t == column).map(|(o, _)| o).collect();
-            match ours.is_empty() {
-                true => named.push(((*column).to_owned(), from)),
-                false => named.extend(ours.into_iter().map(|o| (o.clone(), from))),
-            }
-        }
-        if named.iter().any(|(n, _)| n == ROW_ID) {
-            return Err(Error::data(format!(
-                "source `{name}` has a column `{ROW_ID}`, which is the name of the column that the reader adds"
-            ))
-            .with_help(format!("map it to another name: columns = {{ source_{ROW_ID} = \"{ROW_ID}\" }}")));
-        }
-        if let Some((i, (twice, _))) =
-            named.iter().enumerate().find(|(i, (n, _))| named[..*i].iter().any(|(m, _)| m == n))
-        {
-            let theirs = config.columns.get(twice).map(String::as_str).unwrap_or(own[named[i].1]);
-            return Err(Error::data(format!(
-                "source `{name}`: `{twice}` is mapped from `{theirs}`, but the files also have a column `{twice}`"
-            ))
-            .with_help(format!(
-                "map that one to a name of its own: columns = {{ {twice} = \"{theirs}\", other_{twice} = \"{twice}\" }}"
-            )));
-        }
-        let has = |wanted: &str| named.iter().any(|(n, _)| n == wanted);
-        let role = config.role.unwrap_or(match (has(USER_ID), has(ITEM_ID)) {
-            (true, true) => SourceRole::Interactions,
-            (false, true) => SourceRole::Items,
-            _ => SourceRole::Table,
-        });
-        let needed: &[&str] = match role {
-            SourceRole::Interactions => &[USER_ID, ITEM_ID],
-            SourceRole::Items => &[ITEM_ID],
-            SourceRole::Table => &[],
-        };
-        for column in needed {
-            if !has(column) {
-                let first = files.first().map(|f| f.name.as_str()).unwrap_or_default();
-                let e = missing(name, column, None, first, &own);
-                return Err(match e.help {
-                    Some(help) => Error::new(e.fault, e.message)
-                        .with_help(format!("{help}; map it: columns = {{ {column} = \"...\" }}")),
-                    None => e,
-                });
-            }
-        }
-        let outputs: Vec<Output> =
-            named.into_iter().map(|(name, from)| Output { rule: rule_of(role, &name), name, from }).collect();
-        let mut fields = vec![Field::new(ROW_ID, DataType::Int64, false)];
-        for output in &outputs {
-            let theirs = columns.schema.field(output.from);
-            let to = type_after(output.rule, theirs.data_type()).map_err(|why| {
-                let file = files.iter().find(|f| f.columns.iter().any(|(c, _)| c == theirs.name()));
-                Error::data(format!(
-                    "source `{name}`: column `{}` of {} has type {} and is mapped to `{}`: {why}",
-                    theirs.name(), file.map(|f| f.name.as_str()).unwrap_or_default(), theirs.data_type(), output.name
-                ))
-                .with_help("map another column, write the file with the column in a fitting type, or (CSV) declare it in `types`")
-            })?;
-            let sure = matches!(output.rule, Rule::Id | Rule::Rating | Rule::Timestamp);
-            fields.push(Field::new(&output.name, to, !sure));
-        }
-        let key = match role {
-            SourceRole::Interactions => Some(Key::UserAndItem),
-            SourceRole::Items => Some(Key::Item),
-            SourceRole::Table => None,
-        };
-        let bad_schema = bad_schema(&columns.schema);
-        Ok(Plan { role, outputs, schema: Arc::new(Schema::new(fields)), bad_schema, key })
-    }
-}
-
-fn rule_of(role: SourceRole, ours: &str) -> Rule {
-    match (role, ours) {
-        (SourceRole::Interactions, USER_ID | ITEM_ID) | (SourceRole::Items, ITEM_ID) => Rule::Id,
-        (SourceRole::Interactions, RATING) => Rule::Rating,
-        (SourceRole::Interactions, TIMESTAMP) => Rule::Timestamp,
-        (SourceRole::Items, TITLE) => Rule::Title,
-        (_, USER_ID | ITEM_ID) => Rule::LooseId,
-        _ => Rule::Pass,
-    }
-}
-
-fn missing(source: &str, column: &str, ours: Option<&str>, file: &str, there: &[&str]) -> Error {
-    let mapped = ours.filter(|o| *o != column).map(|o| format!(" (mapped to `{o}`)")).unwrap_or_default();
-    let close = nearest(column, there).map(|n| format!("did you mean `{n}`? ")).unwrap_or_default();
-    Error::data(format!("source `{source}`: column `{column}`{mapped} is missing in {file}"))
-        .with_help(format!("{close}the columns are: {}", there.join(", ")))
-}
-
-/// The name most like `wanted`, if one is close.
-fn nearest<'a>(wanted: &str, there: &[&'a str]) -> Option<&'a str> {
-    let likeness = |n: &str| strsim::jaro_winkler(&wanted.to_lowercase(), &n.to_lowercase());
-    let best = there.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
-    (likeness(best) > 0.75).then_some(*best)
-}
-
-/// `row_id`, `file`, `row_in_file`, `reason`, then the columns that can be written as text. A
-/// column that has one of these names gets `_value` at its end.
-fn bad_schema(columns: &SchemaRef) -> SchemaRef {
-    let mut fields = vec![
-        Field::new(ROW_ID, DataType::Int64, false),
-        Field::new(FILE, DataType::Utf8, false),
-        Field::new(ROW_IN_FILE, DataType::Int64, false),
-        Field::new(REASON, DataType::Utf8, false),
-    ];
-    let own = columns.fields().iter().filter(|f| is_simple(f.data_type())).map(|f| {
-        let taken = [ROW_ID, FILE, ROW_IN_FILE, REASON].contains(&f.name().as_str());
-        Field::new(if taken { format!("{}_value", f.name()) } else { f.name().clone() }, DataType::Utf8, true)
-    });
-    fields.extend(own);
-    Arc::new(Schema::new(fields))
-}
-
-fn is_simple(t: &DataType) -> bool {
-    !t.is_nested() && arrow::compute::can_cast_types(t, &DataType::Utf8)
-}
-
-/// What was counted while reading.
-#[derive(Default)]
-struct Tally {
-    rows_read: u64,
-    filtered: u64,
-    bad: u64,
-    untitled: u64,
-    /// Reason -> number of rows, and the first (file, row in file).
-    reasons: BTreeMap<String, (u64, usize, u64)>,
-}
-
-impl Tally {
-    fn judge(&self, name: &str, config: &SourceConfig, store: &Store, files: &[SourceFile]) -> Result<()> {
-        let kept = self.rows_read - self.filtered;
-        let place = store.display("");
-        if self.rows_read == 0 {
-            return Err(Error::data(format!("source `{name}`: {place} has no rows"))
-                .with_help("check `uri`, and that the job before wrote its output"));
-        }
-        if kept == 0 {
-            let filter = config.filter.as_deref().unwrap_or_default();
-            return Err(Error::data(format!(
-                "source `{name}`: the filter `{filter}` leaves none of the {} rows of {place}",
-                self.rows_read
-            )));
-        }
-        let share = self.bad as f64 / kept as f64;
-        let listed: Vec<String> = self
-            .reasons
-            .iter()
-            .map(|(reason, (n, file, row))| {
-                let file = files.get(*file).map(|f| f.name.as_str()).unwrap_or_default();
-                format!("{reason}: {n} (first in {file}, row {row}, 0-based)")
-            })
-            .collect();
-        if share > config.max_bad_rows {
-            return Err(Error::data(format!(
-                "source `{name}`: {} of {kept} rows ({:.2}%) cannot be used, more than max_bad_rows = {} allows: {}",
-                self.bad,
-                100.0 * share,
-                config.max_bad_rows,
-                listed.join("; ")
-            ))
-            .with_help("mend the data, exclude the rows with `filter`, map other columns, or raise `max_bad_rows`"));
-        }
-        match self.bad == kept {
-            true => {
-                Err(Error::data(format!("source `{name}`: none of the {kept} rows can be used: {}", listed.join("; "))))
-            }
-            false => Ok(()),
-        }
-    }
-
-    /// Counts the rows of `bad` by their reasons.
-    fn note(
-        &mut self,
-        problems: &[Option<(usize, Problem)>],
-        bad: &BooleanArray,
-        place: &Place<'_>,
-        columns: &SchemaRef,
-    ) {
-        for (row, problem) in problems.iter().enumerate().filter(|(row, _)| bad.value(*row)) {
-            if let Some((column, problem)) = problem {
-                let first = (0, place.index, place.row + row as u64);
-                self.reasons.entry(problem.reason(columns.field(*column).name())).or_insert(first).0 += 1;
-                self.bad += 1;
-            }
-        }
-    }
-
-    fn counters(&self, files: usize) -> Map<String, Value> {
-        let mut counters = Map::new();
-        counters.insert("files".into(), json!(files));
-        counters.insert("rows_read".into(), json!(self.rows_read));
-        counters.insert("rows_filtered".into(), json!(self.filtered));
-        counters.insert("bad_rows".into(), json!(self.bad));
-        if !self.reasons.is_empty() {
-            let reasons: Map<String, Value> = self.reasons.iter().map(|(r, (n, ..))| (r.clone(), json!(n))).collect();
-            counters.insert("bad_rows_by_reason".into(), Value::Object(reasons));
-        }
-        counters
-    }
 }
 
 /// The loop over files and batches.
@@ -536,14 +298,4 @@ pub async fn source_schema(name: &str, config: &SourceConfig, store: &Store) -> 
     let files = SourceFile::open_all(config, store, objects).await?;
     let columns = Unified::of(name, config, &files)?.with_guessed_types(config, store, &files).await?;
     Ok(Plan::new(name, config, &files, &columns)?.schema)
-}
-
-/// Where a batch begins.
-struct Place<'a> {
-    file: &'a SourceFile,
-    /// Place of the file among the files.
-    index: usize,
-    /// Row in the file, 0-based.
-    row: u64,
-    row_id: u64,
 }

@@ -5,6 +5,25 @@
 
 mod attention;
 mod cross_entropy;
+mod dropout;
+mod exp;
+mod fused;
+mod gelu;
+mod gemm;
+mod layer_norm;
+mod linear;
+mod linear_softmax;
+mod products;
+mod sequence_attention;
+mod widest;
 
-pub use attention::{AttentionBackend, AttentionMask, attention};
-pub use cross_entropy::{CrossEntropyBackend, linear_cross_entropy};
+#[cfg(test)]
+mod checks;
+
+pub use attention::{AttentionMask, attention};
+pub use cross_entropy::linear_cross_entropy;
+pub use dropout::dropout;
+pub use fused::{FusedBackend, Operation, Pass, Tape};
+pub use gelu::gelu;
+pub use layer_norm::layer_norm;
+pub use linear::linear;

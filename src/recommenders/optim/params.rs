@@ -96,6 +96,16 @@ impl<B: Backend> Params<B> {
         Ok(())
     }
 
+    /// Replaces the value of a weight that is not learned by gradients, such as a running mean.
+    ///
+    /// # Panics
+    /// When `value` is not of the weight's size (our bug).
+    pub fn assign(&mut self, id: ParamId, value: Tensor<B, 1>) {
+        let param = &mut self.list[id.0];
+        assert_eq!(param.value.dims(), value.dims(), "weight `{}` keeps its size", param.name);
+        param.value = value;
+    }
+
     /// Values, moments and the number of steps, for a checkpoint.
     pub fn state(&self) -> Vec<NamedTensor> {
         let mut all = self.tensors();
@@ -143,7 +153,10 @@ impl<B: AdamBackend> Params<B> {
         let mut whole: Vec<Option<Tensor<B, 1>>> =
             vars.list.iter().map(|(_, leaf)| leaf.grad_remove(&mut grads)).collect();
         let mut by_rows: Vec<(usize, Vec<u32>, Tensor<B, 2>)> = Vec::new();
-        for read in vars.rows.into_inner() {
+        // Whole tables must have one owner when their step is taken, or it copies them.
+        let Vars { list, rows, .. } = vars;
+        drop(list);
+        for read in rows.into_inner() {
             assert!(whole[read.param].is_none(), "`{}` was read whole and by rows", self.list[read.param].name);
             if let Some(grad) = read.leaf.grad_remove(&mut grads) {
                 by_rows.push((read.param, read.rows, grad));
@@ -177,6 +190,30 @@ impl<B: AdamBackend> Params<B> {
             self.list[n].update(|state| B::adam_rows(state, dim, &rows, grad, step));
         }
         loss.inner()
+    }
+}
+
+#[cfg(test)]
+impl<B: AdamBackend> Params<B> {
+    /// The gradient of `loss` at each weight, whole tables, for tests against golden values.
+    pub fn gradients(&self, loss: Tensor<Autodiff<B>, 1>, vars: Vars<Autodiff<B>>) -> Vec<NamedTensor> {
+        let mut grads = loss.backward();
+        let mut all: Vec<NamedTensor> = self.tensors();
+        for (tensor, (_, leaf)) in all.iter_mut().zip(&vars.list) {
+            match leaf.grad_remove(&mut grads) {
+                Some(grad) => tensor.values = host(&grad),
+                None => tensor.values.fill(0.0),
+            }
+        }
+        for read in vars.rows.into_inner() {
+            let grad = read.leaf.grad_remove(&mut grads).map(|g| host(&g.flatten::<1>(0, 1))).unwrap_or_default();
+            let dim = self.list[read.param].shape[1];
+            for (&row, from) in read.rows.iter().zip(grad.chunks_exact(dim)) {
+                let to = &mut all[read.param].values[row as usize * dim..][..dim];
+                to.iter_mut().zip(from).for_each(|(a, b)| *a += b);
+            }
+        }
+        all
     }
 }
 

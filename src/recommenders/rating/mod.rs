@@ -3,6 +3,15 @@
 //! In: [`Ratings`] (categorical and dense fields of users, items and rows, as [`crate::interactions::fields`] encodes
 //! them), hyper-parameters and a seed. Out: a [`RatingFit`] with a [`Predictor`].
 
+#[cfg(test)]
+mod contract;
+#[cfg(test)]
+pub(super) mod golden;
+pub mod layers;
+pub mod layout;
+pub mod learner;
+pub mod predictor;
+
 use super::{Embeddings, Epoch, FitContext, NamedTensor};
 use crate::error::{Error, Result};
 use crate::interactions::fields::{Entities, FieldSet, Rows};

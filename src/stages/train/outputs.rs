@@ -13,7 +13,7 @@ use super::fit::{Fitted, FittedModel, valid_column};
 use crate::columns::EMBEDDING;
 use crate::error::Result;
 use crate::interactions::IdMap;
-use crate::recommenders::saved::{ModelCard, TrainedModel, TrainedPredictor};
+use crate::recommenders::saved::{ModelCard, TrainedModel, TrainedRater};
 use crate::recommenders::{Backbone, Embeddings, Epoch, Task};
 use crate::stages::context::Artifact;
 use crate::tables::Table;
@@ -66,7 +66,7 @@ impl Model<'_> {
         let (users, items) = (data.users, data.items);
         let files = match fitted.model {
             FittedModel::Scorer(scorer) => TrainedModel { card, users, items, scorer }.to_files()?,
-            FittedModel::Predictor(predictor) => TrainedPredictor { card, users, items, predictor }.to_files()?,
+            FittedModel::Predictor(predictor) => TrainedRater { card, users, items, predictor }.to_files()?,
         };
         Ok(Artifact { files })
     }

@@ -1,0 +1,159 @@
+//! AFM, the attentional factorisation machine (Xiao et al. 2017, arXiv 1708.04617): a factorisation machine that
+//! weighs its pairs of fields.
+//!
+//! `y = bias + linear + p . sum over pairs a_ij (e_i * e_j)`, `a = softmax over pairs of h . relu(W' (e_i * e_j) + b)`
+//! (eq. 4 to 6). Without attention it is a plain factorisation machine. Dense values take part in the linear terms only.
+//!
+//! Reference implementation: DeepCTR-Torch's `AFM`. Deviations: see [`super::rating::learner`].
+
+use burn::tensor::Tensor;
+use burn::tensor::activation::{relu, softmax};
+use rand_chacha::ChaCha8Rng;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::optim::{ParamId, Params, Vars, xavier_normal};
+use super::rating::layers::{Pass, bi_interaction, penalty};
+use super::rating::learner::{self, Common, Inputs, RatingModel, Sizes};
+use super::rating::predictor::Fitted;
+use super::rating::{RatingFit, RatingRecommender, Ratings};
+use super::registry::{Backbone, Make, Task};
+use super::trainer::Schedule;
+use super::{FitContext, hyper};
+use crate::device::ModelBackend;
+use crate::error::Result;
+
+/// Hyper-parameters of `afm`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Afm {
+    /// Whether pairs are weighed; false = a factorisation machine, and the attention's settings are not used.
+    /// DeepCTR-Torch: true.
+    pub use_attention: bool,
+    /// Units of the attention's hidden layer. DeepCTR-Torch: 8.
+    #[schemars(range(min = 1, max = 4096))]
+    pub attention_factor: u32,
+    /// Weight of the sum of squares of the attention's matrix in the loss (the mean over a batch). DeepCTR-Torch: 0.00001.
+    #[schemars(range(min = 0.0, max = 10.0))]
+    pub l2_reg_att: f64,
+    /// Share of the pooled products that a training step drops, 0 to below 1. DeepCTR-Torch: 0.
+    #[schemars(range(min = 0.0, max = 0.99))]
+    pub afm_dropout: f64,
+    /// Embeddings, steps and epochs.
+    #[serde(flatten)]
+    pub common: Common,
+}
+
+impl Default for Afm {
+    fn default() -> Self {
+        Afm {
+            use_attention: true,
+            attention_factor: 8,
+            l2_reg_att: 1e-5,
+            afm_dropout: 0.0,
+            common: Common {
+                embedding_dim: 8,
+                l2_reg_linear: 1e-3,
+                l2_reg_embedding: 1e-2,
+                init_std: 1e-2,
+                schedule: Schedule { learning_rate: 1e-3, batch_size: 1024, epochs: 100, eval_every: 1, patience: 5 },
+            },
+        }
+    }
+}
+
+/// `afm` in the registry.
+pub const BACKBONE: Backbone = Backbone {
+    name: "afm",
+    about: "AFM: a factorisation machine with attention over its pairs of fields; predicts ratings",
+    task: Task::Rating,
+    schema: || schemars::schema_for!(Afm),
+    make: Make::Rating {
+        build: |given| Ok(Box::new(parse(given)?)),
+        load: |given, fields, tensors| Ok(Box::new(Fitted::load(&parse(given.clone())?, fields, tensors)?)),
+    },
+};
+
+fn parse(given: serde_json::Value) -> Result<Afm> {
+    let model: Afm = hyper::parse("afm", given)?;
+    Ok(model)
+}
+
+/// The attention's weights; `None` without attention.
+pub struct Weights(Option<Attention>);
+
+/// `w [dim, factor]`, `b [factor]`, `h [factor, 1]`, `p [dim, 1]`.
+struct Attention {
+    w: ParamId,
+    b: ParamId,
+    h: ParamId,
+    p: ParamId,
+}
+
+impl RatingModel for Afm {
+    type Weights = Weights;
+
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn weights<B: ModelBackend>(&self, sizes: Sizes, params: &mut Params<B>, rng: &mut ChaCha8Rng) -> Weights {
+        if !self.use_attention {
+            return Weights(None);
+        }
+        let (dim, factor) = (sizes.dim, self.attention_factor as usize);
+        Weights(Some(Attention {
+            w: params.add("attention.w", &[dim, factor], xavier_normal(dim, factor, rng)),
+            b: params.add("attention.b", &[factor], vec![0.0; factor]),
+            h: params.add("attention.h", &[factor, 1], xavier_normal(factor, 1, rng)),
+            p: params.add("attention.p", &[dim, 1], xavier_normal(dim, 1, rng)),
+        }))
+    }
+
+    fn forward<B: ModelBackend>(
+        &self,
+        weights: &Weights,
+        vars: &Vars<B>,
+        inputs: &Inputs<B>,
+        pass: &mut Pass<B>,
+    ) -> Tensor<B, 1> {
+        let [n, fields, dim] = inputs.embeddings.dims();
+        let Some(Attention { w, b, h, p }) = &weights.0 else {
+            return bi_interaction(inputs.embeddings.clone()).sum_dim(1).reshape([n]);
+        };
+        // The products of field i with all later ones, for each i.
+        let e = &inputs.embeddings;
+        let products = (0..fields - 1)
+            .map(|i| e.clone().slice([0..n, i..i + 1, 0..dim]) * e.clone().slice([0..n, i + 1..fields, 0..dim]))
+            .collect();
+        let products = Tensor::cat(products, 1);
+        let pairs = fields * (fields - 1) / 2;
+        let factor = self.attention_factor as usize;
+        let hidden = products.clone().reshape([n * pairs, dim]).matmul(vars.get::<2>(*w));
+        let hidden = relu(hidden + vars.get::<1>(*b).reshape([1, factor]));
+        let shares = softmax(hidden.matmul(vars.get::<2>(*h)).reshape([n, pairs]), 1);
+        let pooled = (products * shares.reshape([n, pairs, 1])).sum_dim(1).reshape([n, dim]);
+        pass.dropout(pooled, self.afm_dropout).matmul(vars.get::<2>(*p)).reshape([n])
+    }
+
+    fn penalty<B: ModelBackend>(&self, weights: &Weights, vars: &Vars<B>) -> Option<Tensor<B, 1>> {
+        penalty(vars, self.l2_reg_att, weights.0.iter().map(|a| a.w))
+    }
+}
+
+impl RatingRecommender for Afm {
+    fn hyper(&self) -> serde_json::Value {
+        hyper::to_json(self)
+    }
+
+    fn fit(&self, data: &Ratings<'_>, ctx: &FitContext<'_>) -> Result<RatingFit> {
+        learner::fit(self, data, ctx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn values_and_gradients_equal_the_golden_ones() {
+        super::super::rating::golden::check("afm", super::parse);
+    }
+}

@@ -1,0 +1,187 @@
+//! xDeepFM (Lian et al. 2018, arXiv 1803.05170): a compressed interaction network (CIN) beside a perceptron.
+//!
+//! CIN, per dimension of the embeddings: map `h` of layer k is `act(sum over i, j of W[h, i, j] x(k-1)[i] x(0)[j] + b[h])`
+//! (eq. 6); the maps are summed over the dimensions and weighted into the output. With `cin_split_half` the first half of
+//! a layer's maps goes on to the next layer and the second half to the output (the last layer: all to the output).
+//! `y = bias + linear + w . cin + v . mlp(all embeddings, dense values)` (eq. 9).
+//!
+//! Reference implementation: DeepCTR-Torch's `xDeepFM`. Deviations: see [`super::rating::learner`].
+
+use burn::tensor::Tensor;
+use rand_chacha::ChaCha8Rng;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::optim::{ParamId, Params, Vars, xavier_normal};
+use super::rating::layers::{Activation, Dnn, Mlp, Pass, check_layers, penalty, plus};
+use super::rating::learner::{self, Common, Inputs, RatingModel, Sizes};
+use super::rating::predictor::Fitted;
+use super::rating::{RatingFit, RatingRecommender, Ratings};
+use super::registry::{Backbone, Make, Task};
+use super::trainer::Schedule;
+use super::{FitContext, hyper};
+use crate::device::ModelBackend;
+use crate::error::{Error, Result};
+
+/// Hyper-parameters of `xdeepfm`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct XDeepFm {
+    /// Feature maps of each CIN layer, first to last; each 1 to 65,536, empty = no CIN. With `cin_split_half` all but
+    /// the last must be even. DeepCTR-Torch: [256, 128].
+    pub cin_layer_size: Vec<u32>,
+    /// Whether half of the maps of a layer go to the next and the other half to the output; false = all go to both.
+    /// DeepCTR-Torch: true.
+    pub cin_split_half: bool,
+    /// Of the feature maps: "relu", "sigmoid" or "linear". DeepCTR-Torch: "relu".
+    pub cin_activation: Activation,
+    /// Weight of the sum of squares of the CIN's matrices in the loss (the mean over a batch). DeepCTR-Torch: 0.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub l2_reg_cin: f64,
+    /// The perceptron.
+    #[serde(flatten)]
+    pub dnn: Dnn,
+    /// Embeddings, steps and epochs.
+    #[serde(flatten)]
+    pub common: Common,
+}
+
+impl Default for XDeepFm {
+    fn default() -> Self {
+        XDeepFm {
+            cin_layer_size: vec![256, 128],
+            cin_split_half: true,
+            cin_activation: Activation::Relu,
+            l2_reg_cin: 0.0,
+            dnn: Dnn::new(&[256, 256]),
+            common: Common {
+                embedding_dim: 8,
+                l2_reg_linear: 1e-3,
+                l2_reg_embedding: 1e-2,
+                init_std: 1e-2,
+                schedule: Schedule { learning_rate: 1e-3, batch_size: 1024, epochs: 100, eval_every: 1, patience: 5 },
+            },
+        }
+    }
+}
+
+/// `xdeepfm` in the registry.
+pub const BACKBONE: Backbone = Backbone {
+    name: "xdeepfm",
+    about: "xDeepFM: a compressed interaction network beside a perceptron; predicts ratings",
+    task: Task::Rating,
+    schema: || schemars::schema_for!(XDeepFm),
+    make: Make::Rating {
+        build: |given| Ok(Box::new(parse(given)?)),
+        load: |given, fields, tensors| Ok(Box::new(Fitted::load(&parse(given.clone())?, fields, tensors)?)),
+    },
+};
+
+fn parse(given: serde_json::Value) -> Result<XDeepFm> {
+    let model: XDeepFm = hyper::parse("xdeepfm", given)?;
+    model.dnn.check("xdeepfm")?;
+    check_layers("xdeepfm", "cin_layer_size", &model.cin_layer_size)?;
+    let (_, before_last) = model.cin_layer_size.split_last().unwrap_or((&0, &[]));
+    if let Some(size) = before_last.iter().find(|&n| model.cin_split_half && n % 2 == 1) {
+        let told =
+            format!("hyper-parameter `cin_layer_size` of `xdeepfm` has a layer of {size} maps, which has no half");
+        return Err(Error::spec(told).with_help("make it even, or set `cin_split_half` to false"));
+    }
+    if model.cin_activation == Activation::Prelu {
+        let told = "hyper-parameter `cin_activation` of `xdeepfm` is \"prelu\"";
+        return Err(Error::spec(told).with_help("use \"relu\", \"sigmoid\" or \"linear\""));
+    }
+    Ok(model)
+}
+
+/// CIN layers (weight `[maps before * fields, maps]` and bias), its output weights, the perceptron, its output weights.
+pub struct Weights {
+    cin: Vec<(ParamId, ParamId)>,
+    cin_out: Option<ParamId>,
+    mlp: Mlp,
+    dnn_out: Option<ParamId>,
+}
+
+impl RatingModel for XDeepFm {
+    type Weights = Weights;
+
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn weights<B: ModelBackend>(&self, sizes: Sizes, params: &mut Params<B>, rng: &mut ChaCha8Rng) -> Weights {
+        let (mut cin, mut before, mut maps_out) = (Vec::new(), sizes.fields, 0);
+        for (k, &maps) in self.cin_layer_size.iter().enumerate() {
+            let (from, maps) = (before * sizes.fields, maps as usize);
+            let weight = params.add(&format!("cin.{k}.weight"), &[from, maps], xavier_normal(from, maps, rng));
+            cin.push((weight, params.add(&format!("cin.{k}.bias"), &[maps], vec![0.0; maps])));
+            let halved = self.cin_split_half && k + 1 < self.cin_layer_size.len();
+            before = if halved { maps / 2 } else { maps };
+            maps_out += before;
+        }
+        let cin_out = (maps_out > 0).then(|| params.add("cin.out", &[maps_out, 1], xavier_normal(maps_out, 1, rng)));
+        let mlp = Mlp::add(params, &self.dnn, sizes.flat(), rng);
+        let width = mlp.width(0);
+        let dnn_out = (!mlp.is_empty()).then(|| params.add("dnn.out", &[width, 1], xavier_normal(width, 1, rng)));
+        Weights { cin, cin_out, mlp, dnn_out }
+    }
+
+    fn forward<B: ModelBackend>(
+        &self,
+        weights: &Weights,
+        vars: &Vars<B>,
+        inputs: &Inputs<B>,
+        pass: &mut Pass<B>,
+    ) -> Tensor<B, 1> {
+        let [n, fields, dim] = inputs.embeddings.dims();
+        let mut y = Tensor::zeros([n, 1], &inputs.embeddings.device());
+        if let Some(out) = weights.cin_out {
+            // One row per rating and dimension, so that a layer is one matrix product.
+            let x0 = inputs.embeddings.clone().swap_dims(1, 2).reshape([n * dim, fields]);
+            let mut x = x0.clone();
+            let mut outputs = Vec::new();
+            for (k, &(weight, bias)) in weights.cin.iter().enumerate() {
+                let [rows, before] = x.dims();
+                let bias = vars.get::<1>(bias);
+                let maps = bias.dims()[0];
+                let products = x.reshape([rows, before, 1]) * x0.clone().reshape([rows, 1, fields]);
+                let products = products.reshape([rows, before * fields]);
+                let all = products.matmul(vars.get::<2>(weight)) + bias.reshape([1, maps]);
+                let all = self.cin_activation.apply(all);
+                let halved = self.cin_split_half && k + 1 < weights.cin.len();
+                let first = if halved { maps / 2 } else { 0 };
+                x = if halved { all.clone().slice([0..rows, 0..first]) } else { all.clone() };
+                outputs.push(all.slice([0..rows, first..maps]));
+            }
+            let all = Tensor::cat(outputs, 1);
+            let maps = all.dims()[1];
+            y = all.reshape([n, dim, maps]).sum_dim(1).reshape([n, maps]).matmul(vars.get::<2>(out));
+        }
+        if let Some(out) = weights.dnn_out {
+            y = y + weights.mlp.apply(vars, inputs.flat(), pass).matmul(vars.get::<2>(out));
+        }
+        y.reshape([n])
+    }
+
+    fn penalty<B: ModelBackend>(&self, weights: &Weights, vars: &Vars<B>) -> Option<Tensor<B, 1>> {
+        let cin = penalty(vars, self.l2_reg_cin, weights.cin.iter().map(|layer| layer.0));
+        plus(cin, weights.mlp.penalty(vars, weights.dnn_out))
+    }
+}
+
+impl RatingRecommender for XDeepFm {
+    fn hyper(&self) -> serde_json::Value {
+        hyper::to_json(self)
+    }
+
+    fn fit(&self, data: &Ratings<'_>, ctx: &FitContext<'_>) -> Result<RatingFit> {
+        learner::fit(self, data, ctx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn values_and_gradients_equal_the_golden_ones() {
+        super::super::rating::golden::check("xdeepfm", super::parse);
+    }
+}
