@@ -275,13 +275,18 @@ impl Work {
         let savings = self.savings.as_ref().map(|(savings, every)| (savings, *every));
         let fitter = Fitter { backbone: self.backbone, device: &opened.device, watch: &watch, savings };
         let fitted = fitter.fit(&self.hyper, self.seed, &data, self.refit)?;
-        let valid = fitted.quality().map(|quality| quality * sign);
+        let valid = fitted.quality.map(|quality| quality * sign);
         if let Some(valid) = valid {
-            let (ran, best) = (fitted.epochs.len(), fitted.best_epoch);
-            self.observer.note(&format!("epoch {best} of {ran} is the best: validation {metric} {valid:.4}"));
+            let best = match (fitted.epochs.len(), fitted.best_epoch) {
+                (0, _) => String::new(),
+                (ran, best) => format!("epoch {best} of {ran} is the best: "),
+            };
+            self.observer.note(&format!("{best}validation {metric} {valid:.4}"));
         }
         if fitted.fit_on == FitOn::TrainAndValid {
-            self.observer.note(&format!("fitted again on train and validation, {} epochs", fitted.best_epoch));
+            let epochs =
+                if fitted.epochs.is_empty() { String::new() } else { format!(", {} epochs", fitted.best_epoch) };
+            self.observer.note(&format!("fitted again on train and validation{epochs}"));
         }
         let (interactions, measured, cold) = match &data.log {
             Log::Ranking(log) => (log.distinct(fitted.fit_on), log.valid.len(), log.cold),

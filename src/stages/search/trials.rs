@@ -259,7 +259,7 @@ impl Running<'_> {
             Ok(fitted) => Outcome {
                 status: "ok".to_owned(),
                 message: None,
-                valid: fitted.quality().map(|quality| quality * metric.1),
+                valid: fitted.quality.map(|quality| quality * metric.1),
                 best_epoch: fitted.best_epoch,
                 epochs: fitted.epochs.len(),
                 seconds: began.elapsed().as_secs_f64(),

@@ -11,6 +11,7 @@ use super::data::{FitOn, Log, TrainData};
 use super::savings::{Savings, key_of};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::recommenders::pairwise::validation_ndcg;
 use crate::recommenders::rating::Predictor;
 use crate::recommenders::trainer::Checkpoints;
 use crate::recommenders::{Backbone, Embeddings, Embeds, Epoch, FitContext, Scorer, Task, Watch};
@@ -46,15 +47,15 @@ pub(in crate::stages) struct Fitted {
     pub epochs: Vec<Epoch>,
     /// Its best epoch.
     pub best_epoch: usize,
+    /// Quality on validation, higher is better: of the best epoch, or of a model that has no epochs; `None` without
+    /// validation data.
+    pub quality: Option<f64>,
     pub fit_on: FitOn,
 }
 
-impl Fitted {
-    /// Quality of the best epoch, higher is better; `None` without validation.
-    pub fn quality(&self) -> Option<f64> {
-        let measured = self.epochs.iter().filter_map(|e| e.valid);
-        measured.fold(None, |best: Option<f64>, value| Some(best.map_or(value, |best| best.max(value))))
-    }
+/// Quality of the best epoch.
+fn best_of(epochs: &[Epoch]) -> Option<f64> {
+    epochs.iter().filter_map(|e| e.valid).reduce(f64::max)
 }
 
 /// Name of a task's validation metric, and the sign by which its quality is told.
@@ -159,15 +160,19 @@ impl Fitter<'_> {
         let ctx = FitContext { seed, device: self.device, watch: self.watch, checkpoints };
         match &data.log {
             Log::Ranking(log) => {
-                let fit = self.backbone.recommender(hyper)?.fit(&log.interactions(data.items.len(), on), &ctx)?;
+                let interactions = log.interactions(data.items.len(), on);
+                let fit = self.backbone.recommender(hyper)?.fit(&interactions, &ctx)?;
+                // A closed form has no epochs, and is measured here.
+                let quality = best_of(&fit.epochs).or_else(|| validation_ndcg(fit.scorer.as_ref(), &interactions));
                 let model = FittedModel::Scorer(fit.scorer);
-                Ok(Fitted { model, epochs: fit.epochs, best_epoch: fit.best_epoch, fit_on: on })
+                Ok(Fitted { model, epochs: fit.epochs, best_epoch: fit.best_epoch, quality, fit_on: on })
             }
             Log::Rating(log) => {
                 let nothing = log.nothing();
                 let fit = self.backbone.rating_recommender(hyper)?.fit(&log.ratings(on, &nothing), &ctx)?;
+                let quality = best_of(&fit.epochs);
                 let model = FittedModel::Predictor(fit.predictor);
-                Ok(Fitted { model, epochs: fit.epochs, best_epoch: fit.best_epoch, fit_on: on })
+                Ok(Fitted { model, epochs: fit.epochs, best_epoch: fit.best_epoch, quality, fit_on: on })
             }
         }
     }

@@ -175,8 +175,11 @@ impl Test {
 
 /// Where each user's held-out items are in the full ranking.
 fn places(scorer: &dyn crate::recommenders::Scorer, history: &Histories, cases: &[Case]) -> Vec<Found> {
-    let pairs: Vec<(u32, u32)> =
-        cases.iter().filter_map(|c| Some((c.user?, c))).flat_map(|(u, c)| c.items.iter().map(move |&i| (u, i))).collect();
+    let pairs: Vec<(u32, u32)> = cases
+        .iter()
+        .filter_map(|c| Some((c.user?, c)))
+        .flat_map(|(u, c)| c.items.iter().map(move |&i| (u, i)))
+        .collect();
     let mut ranks = topk::ranks(scorer, &pairs, history, history).into_iter();
     cases
         .iter()
@@ -250,14 +253,8 @@ pub(in crate::stages) fn encode_pairs(
     };
     let index = |map: &IdMap, ids| -> Vec<u32> { map.encode(ids).into_iter().flatten().collect() };
     Ok(Pairs {
-        users: Entities {
-            ids: place(&users, known.0),
-            values: encode(Side::User, &user_columns)?,
-        },
-        items: Entities {
-            ids: place(&items, known.1),
-            values: encode(Side::Item, &item_columns)?,
-        },
+        users: Entities { ids: place(&users, known.0), values: encode(Side::User, &user_columns)? },
+        items: Entities { ids: place(&items, known.1), values: encode(Side::Item, &item_columns)? },
         rows: Rows {
             user: index(&users, &user_ids),
             item: index(&items, &item_ids),
