@@ -24,6 +24,7 @@ use crate::recommenders::{Backbone, Embeds, Task, registry};
 
 pub(super) mod columns;
 pub(super) mod data;
+mod digest;
 pub(super) mod fit;
 pub(super) mod hyper_from;
 pub(super) mod measure;
