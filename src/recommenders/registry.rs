@@ -64,6 +64,7 @@ pub static BACKBONES: &[Backbone] = &[
     // Direct top-k.
     super::mf::BACKBONE,
     super::lightgcn::BACKBONE,
+    super::mixgcf::BACKBONE,
     // Sequential top-k.
     super::sasrec::BACKBONE,
     super::bert4rec::BACKBONE,
@@ -76,6 +77,7 @@ pub static BACKBONES: &[Backbone] = &[
     super::xdeepfm::BACKBONE,
     super::autoint::BACKBONE,
 ];
+pub static BACKBONES: &[Backbone] = &[mf::BACKBONE, lightgcn::BACKBONE, mixgcf::BACKBONE, sgl::BACKBONE];
 
 /// The backbone of that name.
 ///
