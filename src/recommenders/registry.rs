@@ -65,6 +65,7 @@ pub static BACKBONES: &[Backbone] = &[
     super::mf::BACKBONE,
     super::lightgcn::BACKBONE,
     super::mixgcf::BACKBONE,
+    super::sgl::BACKBONE,
     // Sequential top-k.
     super::sasrec::BACKBONE,
     super::bert4rec::BACKBONE,
@@ -77,7 +78,6 @@ pub static BACKBONES: &[Backbone] = &[
     super::xdeepfm::BACKBONE,
     super::autoint::BACKBONE,
 ];
-pub static BACKBONES: &[Backbone] = &[mf::BACKBONE, lightgcn::BACKBONE, mixgcf::BACKBONE, sgl::BACKBONE];
 
 /// The backbone of that name.
 ///
