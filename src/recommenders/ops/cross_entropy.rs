@@ -19,7 +19,7 @@ use burn::tensor::activation::log_softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData, TensorPrimitive};
 
-use super::linear_softmax::{self, Layer};
+use super::linear_softmax::{self, Excluded, LEFT_OUT, Layer};
 
 /// The operands; cheap to clone.
 #[derive(Clone, Debug)]
@@ -32,6 +32,8 @@ pub struct LinearSoftmax<B: Backend> {
     pub bias: Option<Tensor<B, 1>>,
     /// `[n]`, each below `classes`.
     pub targets: Arc<[u32]>,
+    /// Classes that are left out of a state's softmax, unless they are its target.
+    pub excluded: Option<Arc<Excluded>>,
 }
 
 /// Losses and gradients of their weighted sum.
@@ -77,15 +79,33 @@ pub fn linear_cross_entropy<B: CrossEntropyBackend>(
     bias: Option<Tensor<B, 1>>,
     targets: &[u32],
 ) -> Tensor<B, 1> {
+    linear_cross_entropy_excluding(states, table, bias, targets, None)
+}
+
+/// As [`linear_cross_entropy`] with some classes left out of each state's softmax; a target never is.
+///
+/// # Panics
+/// When the shapes do not fit, or a target or class is none (our bug).
+pub fn linear_cross_entropy_excluding<B: CrossEntropyBackend>(
+    states: Tensor<B, 2>,
+    table: Tensor<B, 2>,
+    bias: Option<Tensor<B, 1>>,
+    targets: &[u32],
+    excluded: Option<Excluded>,
+) -> Tensor<B, 1> {
     let ([n, dim], [classes, width]) = (states.dims(), table.dims());
     assert!(n == targets.len() && dim == width && dim > 0, "{n} states of {dim} and {} targets", targets.len());
     assert!(bias.as_ref().is_none_or(|b| b.dims()[0] == classes), "a bias that is not [{classes}]");
     assert!(targets.iter().all(|&t| (t as usize) < classes), "a target that is none of the {classes} classes");
-    B::cross_entropy(LinearSoftmax { states, table, bias, targets: targets.into() })
+    if let Some(excluded) = &excluded {
+        assert!(excluded.ranges.len() == n, "{n} states and {} lists of classes", excluded.ranges.len());
+        assert!(excluded.classes.iter().all(|&c| (c as usize) < classes), "a class that is none of the {classes}");
+    }
+    B::cross_entropy(LinearSoftmax { states, table, bias, targets: targets.into(), excluded: excluded.map(Arc::new) })
 }
 
 fn unfused<B: Backend>(layer: LinearSoftmax<B>) -> Tensor<B, 1> {
-    let LinearSoftmax { states, table, bias, targets } = layer;
+    let LinearSoftmax { states, table, bias, targets, excluded } = layer;
     let n = targets.len();
     let index: Vec<i32> = targets.iter().map(|&t| t as i32).collect();
     let index = Tensor::<B, 1, Int>::from_data(TensorData::new(index, [n]), &states.device()).reshape([n, 1]);
@@ -93,6 +113,16 @@ fn unfused<B: Backend>(layer: LinearSoftmax<B>) -> Tensor<B, 1> {
     if let Some(bias) = bias {
         let classes = bias.dims()[0];
         logits = logits + bias.reshape([1, classes]);
+    }
+    if let Some(excluded) = excluded {
+        let [_, classes] = logits.dims();
+        let mut out = vec![0f32; n * classes];
+        for (row, out) in out.chunks_exact_mut(classes.max(1)).enumerate() {
+            excluded.of(row).iter().for_each(|&class| out[class as usize] = LEFT_OUT);
+            out[targets[row] as usize] = 0.0;
+        }
+        let device = logits.device();
+        logits = logits + Tensor::from_data(TensorData::new(out, [n, classes]), &device);
     }
     log_softmax(logits, 1).gather(1, index).reshape([n]).neg()
 }
@@ -134,6 +164,7 @@ fn on_host<T>(layer: &LinearSoftmax<Flex>, run: impl FnOnce(Layer<'_>) -> T) -> 
         table: table.storage(),
         bias: bias.as_ref().map(|b| b.storage()),
         targets: &layer.targets,
+        excluded: layer.excluded.as_deref(),
         dim,
     })
 }
@@ -202,6 +233,7 @@ impl<B: CrossEntropyBackend, C: CheckpointStrategy> CrossEntropyBackend for Auto
             table: layer.table.clone().inner(),
             bias: layer.bias.clone().map(Tensor::inner),
             targets: layer.targets.clone(),
+            excluded: layer.excluded.clone(),
         };
         let nodes = [states.node, table.node];
         match bias {
@@ -277,6 +309,7 @@ mod tests {
                 table: table.clone(),
                 bias: bias.clone(),
                 targets: case.targets.as_slice().into(),
+                excluded: None,
             }),
         };
         let upstream = Tensor::from_data(TensorData::new(case.upstream.clone(), [n]), &Default::default());

@@ -13,6 +13,9 @@ mod products;
 mod sequence_attention;
 
 pub use attention::{Attention, AttentionBackend, AttentionMask, Setting, attention};
-pub use cross_entropy::{CrossEntropyBackend, LinearSoftmax, LossAndGradients, linear_cross_entropy};
+pub use cross_entropy::{
+    CrossEntropyBackend, LinearSoftmax, LossAndGradients, linear_cross_entropy, linear_cross_entropy_excluding,
+};
 pub use dropout::{DropoutBackend, dropout};
 pub use layer_norm::{LayerNormBackend, layer_norm};
+pub use linear_softmax::Excluded;

@@ -8,6 +8,7 @@ use burn::tensor::{ElementConversion, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::super::ops::Excluded;
 use super::super::optim::{Adam, Params};
 use super::super::pairwise::validation_ndcg;
 use super::super::saved::{NamedTensor, Tensors};
@@ -214,7 +215,7 @@ impl<'a> Source<'a> {
         let negatives = match (&self.own, &self.shared) {
             (Some(sampler), _) => Negatives::Own(own_negatives(&mut batch, sampler, rng)),
             (_, Some(sampler)) => sampler.draw(self.model.optimizer.negatives as usize, &batch.targets, rng),
-            _ => Negatives::All,
+            _ => Negatives::All(self.model.optimizer.exclude_seen.then(|| self.seen(&batch, windows))),
         };
         let contrast = self.model.views.as_ref().map(|views| {
             let mut both = Vec::with_capacity(2 * batch.lengths.len());
@@ -226,6 +227,31 @@ impl<'a> Source<'a> {
             Contrast { views: Batch::padded(&both), weight: views.weight, temperature: views.temperature }
         });
         Step { batch, negatives, contrast, l2: self.model.optimizer.l2 }
+    }
+}
+
+impl Source<'_> {
+    /// What the user of each target has seen: in a causal model what came before, in a Cloze model all the history.
+    fn seen(&self, batch: &Batch, windows: &[Window]) -> Excluded {
+        let mut seen = Excluded::default();
+        let mut begins = Vec::with_capacity(windows.len());
+        let causal = self.model.objective == Objective::Causal;
+        for window in windows {
+            begins.push(seen.classes.len() as u32);
+            let history = self.data.train.of(window.user as usize);
+            let until = if causal { window.to as usize } else { history.len() };
+            seen.classes.extend_from_slice(&history[..until]);
+        }
+        let range = |&place: &u32| {
+            let (n, t) = (place as usize / batch.length, place % batch.length as u32);
+            let until = match causal {
+                true => begins[n] + windows[n].from + t + 1,
+                false => begins.get(n + 1).map_or(seen.classes.len() as u32, |&next| next),
+            };
+            (begins[n], until)
+        };
+        seen.ranges = batch.places.iter().map(range).collect();
+        seen
     }
 }
 

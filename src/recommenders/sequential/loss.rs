@@ -3,7 +3,8 @@
 //! In: an [`Encoder`] with its weights, a [`Step`] (sequences, targets, negatives, views). Out: one number.
 //!
 //! * `bce`: mean over targets of `-ln sigmoid(y_t) - ln sigmoid(-y_j)`, j a negative of its own (arXiv 1808.09781, eq. 7).
-//! * `softmax`: mean over targets of `-ln softmax(y)_t` over all items (arXiv 1904.06690, eq. 8).
+//! * `softmax`: mean over targets of `-ln softmax(y)_t` over all items (arXiv 1904.06690, eq. 8), or over those that
+//!   the user has not seen, which are those that are ranked.
 //! * `sampled-softmax`: the same over the target and shared negatives j with logits `y - ln(n q)`, n draws from the
 //!   distribution q (Bengio and Senecal 2008). A negative that is the target itself is left out for that target.
 //! * views: NT-Xent with cosine similarity, over the 2N views of a batch (arXiv 2010.14395, eq. 2 and 9).
@@ -12,7 +13,7 @@ use burn::tensor::activation::{log_sigmoid, log_softmax};
 use burn::tensor::{Int, Tensor, TensorData};
 use rand::Rng;
 
-use super::super::ops::linear_cross_entropy;
+use super::super::ops::{Excluded, linear_cross_entropy_excluding};
 use super::super::optim::Vars;
 use super::batches::Batch;
 use super::encoder::{Dropout, Encoder};
@@ -25,8 +26,8 @@ const LEFT_OUT: f32 = -1e9;
 /// Items that stand against the targets.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Negatives {
-    /// The whole catalogue.
-    All,
+    /// The whole catalogue, but what is excluded for a target.
+    All(Option<Excluded>),
     /// One of its own for each target, `[targets]`.
     Own(Vec<u32>),
     /// The same ones for all targets.
@@ -74,7 +75,7 @@ enum Items<B: ModelBackend> {
 impl<B: ModelBackend> Items<B> {
     fn read(encoder: &Encoder, vars: &Vars<B>, step: &Step) -> Self {
         let more: &[u32] = match &step.negatives {
-            Negatives::All => return Items::Whole(vars.get::<2>(encoder.items)),
+            Negatives::All(_) => return Items::Whole(vars.get::<2>(encoder.items)),
             Negatives::Own(items) | Negatives::Shared { items, .. } => items,
         };
         let views = step.contrast.as_ref().map_or(&[][..], |c| &c.views.inputs);
@@ -128,14 +129,14 @@ pub fn step_loss<B: ModelBackend>(
         }
     };
     let mut loss = match &step.negatives {
-        Negatives::All => {
+        Negatives::All(excluded) => {
             // The mask, if there is one, is the last row and no item.
             let table = match encoder.shape().mask_row {
                 true => vars.get::<2>(encoder.items).slice([0..encoder.shape().n_items]),
                 false => vars.get::<2>(encoder.items),
             };
             let bias = encoder.bias.map(|bias| vars.get::<1>(bias));
-            linear_cross_entropy(states.clone(), table, bias, &batch.targets).mean()
+            linear_cross_entropy_excluding(states.clone(), table, bias, &batch.targets, excluded.clone()).mean()
         }
         Negatives::Own(negatives) => {
             let (yes, no) = (score(&batch.targets), score(negatives));
