@@ -229,3 +229,44 @@ impl SharedSampler {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Flex;
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    #[test]
+    fn shared_negatives_follow_the_power_of_their_frequency_and_none_is_impossible() {
+        // Item 0 occurs 15 times, item 1 three times, item 2 (held out) never.
+        let pairs: Vec<(u32, u32)> = (0..18).map(|n| (0, u32::from(n >= 15))).collect();
+        let sampler = SharedSampler::new(&Histories::from_pairs(1, &pairs), 3, 0.5);
+        let n = 70_000;
+        let drawn = sampler.draw(n, &[2, 0], &mut ChaCha8Rng::seed_from_u64(1));
+        let Negatives::Shared { items, negative_logs, target_logs } = drawn else { panic!("not shared") };
+        // Weights 4, 2 and 1 of 7.
+        for (item, share) in [(0u32, 4.0), (1, 2.0), (2, 1.0)] {
+            let count = items.iter().filter(|&&i| i == item).count() as f64;
+            assert!((count - share * 1e4).abs() < 500.0, "item {item}: {count}");
+        }
+        for (item, log) in items.iter().zip(&negative_logs) {
+            assert!((log - [4e4f32, 2e4, 1e4][*item as usize].ln()).abs() < 1e-4);
+        }
+        assert!((target_logs[0] - 1e4f32.ln()).abs() < 1e-4 && (target_logs[1] - 4e4f32.ln()).abs() < 1e-4);
+    }
+
+    #[test]
+    fn equal_views_are_told_from_others() {
+        let views = |values: [f32; 8]| {
+            let t = Tensor::<Flex, 1>::from_floats(values, &Default::default()).reshape([4, 2]);
+            nt_xent(t, 0.1).into_scalar()
+        };
+        let near = views([1.0, 0.0, 0.0, 1.0, 2.0, 0.1, 0.1, 3.0]);
+        let far = views([1.0, 0.0, 0.0, 1.0, 0.1, 3.0, 2.0, 0.1]);
+        assert!(near < 0.01 && far > 5.0, "{near} {far}");
+        // A state of length 0 gives no NaN.
+        assert!(views([0.0; 8]).is_finite());
+    }
+}
