@@ -15,7 +15,7 @@ use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Int, Shape, Tensor, TensorData};
 
 use super::fused::{FusedBackend, Operation, Pass, lift, lower};
-use super::linear_softmax::{Gradients, Layer, losses, losses_and_gradients};
+use super::linear_softmax::{Excluded, Gradients, LEFT_OUT, Layer, losses, losses_and_gradients};
 
 /// `-ln softmax(states table' + bias)[target]` of each state.
 ///
@@ -30,7 +30,27 @@ pub fn linear_cross_entropy<B: FusedBackend>(
     bias: Option<Tensor<B, 1>>,
     targets: &[u32],
 ) -> Tensor<B, 1> {
-    run(states, table, bias, LinearSoftmax { targets: targets.into(), weights: None, dim: 0 })
+    linear_cross_entropy_excluding(states, table, bias, targets, None)
+}
+
+/// As [`linear_cross_entropy`] with some classes left out of each state's softmax; a target never is.
+///
+/// # Panics
+/// When the shapes do not fit, or a target or class is none (our bug).
+pub fn linear_cross_entropy_excluding<B: FusedBackend>(
+    states: Tensor<B, 2>,
+    table: Tensor<B, 2>,
+    bias: Option<Tensor<B, 1>>,
+    targets: &[u32],
+    excluded: Option<Excluded>,
+) -> Tensor<B, 1> {
+    if let Some(excluded) = &excluded {
+        let ([n, _], [classes, _]) = (states.dims(), table.dims());
+        assert!(excluded.ranges.len() == n, "{n} states and {} lists of classes", excluded.ranges.len());
+        assert!(excluded.classes.iter().all(|&c| (c as usize) < classes), "a class that is none of the {classes}");
+    }
+    let excluded = excluded.map(Arc::new);
+    run(states, table, bias, LinearSoftmax { targets: targets.into(), weights: None, excluded, dim: 0 })
 }
 
 /// The same times `weights [n]`, which are constants: `[n]`. On the CPU one pass is enough however the weights differ.
@@ -45,7 +65,12 @@ pub fn weighted_cross_entropy<B: FusedBackend>(
     weights: &[f32],
 ) -> Tensor<B, 1> {
     assert_eq!(weights.len(), targets.len(), "one weight per state is wanted");
-    run(states, table, bias, LinearSoftmax { targets: targets.into(), weights: Some(weights.into()), dim: 0 })
+    run(
+        states,
+        table,
+        bias,
+        LinearSoftmax { targets: targets.into(), weights: Some(weights.into()), excluded: None, dim: 0 },
+    )
 }
 
 fn run<B: FusedBackend>(
@@ -72,6 +97,8 @@ struct LinearSoftmax {
     targets: Arc<[u32]>,
     /// Factors of the losses; 1 without.
     weights: Option<Arc<[f32]>>,
+    /// Classes that are left out of a state's softmax, unless they are its target.
+    excluded: Option<Arc<Excluded>>,
     dim: usize,
 }
 
@@ -90,6 +117,16 @@ impl LinearSoftmax {
             let classes = bias.dims()[0];
             logits = logits + bias.reshape([1, classes]);
         }
+        if let Some(excluded) = &self.excluded {
+            let [_, classes] = logits.dims();
+            let mut out = vec![0f32; n * classes];
+            for (row, out) in out.chunks_exact_mut(classes.max(1)).enumerate() {
+                excluded.of(row).iter().for_each(|&class| out[class as usize] = LEFT_OUT);
+                out[self.targets[row] as usize] = 0.0;
+            }
+            let device = logits.device();
+            logits = logits + Tensor::from_data(TensorData::new(out, [n, classes]), &device);
+        }
         let losses = log_softmax(logits, 1).gather(1, index).reshape([n]).neg();
         match &self.weights {
             None => losses,
@@ -101,7 +138,7 @@ impl LinearSoftmax {
     }
 
     fn layer<'a>(&'a self, states: &'a [f32], table: &'a [f32], bias: Option<&'a [f32]>) -> Layer<'a> {
-        Layer { states, table, bias, targets: &self.targets, dim: self.dim }
+        Layer { states, table, bias, targets: &self.targets, excluded: self.excluded.as_deref(), dim: self.dim }
     }
 
     fn weighted(&self, mut losses: Vec<f32>) -> Vec<f32> {
@@ -215,6 +252,10 @@ mod tests {
 
     /// Losses and gradients of states, table and bias.
     fn run(case: &Case, with_bias: bool, fused: bool) -> Vec<Vec<f32>> {
+        run_excluding(case, with_bias, fused, None)
+    }
+
+    fn run_excluding(case: &Case, with_bias: bool, fused: bool, excluded: Option<Excluded>) -> Vec<Vec<f32>> {
         let [n, classes, dim] = case.shape;
         fn leaf<const D: usize>(values: &[f32], shape: [usize; D]) -> Tensor<Ad, D> {
             Tensor::from_data(TensorData::new(values.to_vec(), shape), &Default::default()).require_grad()
@@ -222,12 +263,14 @@ mod tests {
         let (states, table) = (leaf(&case.states, [n, dim]), leaf(&case.table, [classes, dim]));
         let bias = with_bias.then(|| leaf(&case.bias, [classes]));
         let loss = match fused {
-            true => linear_cross_entropy(states.clone(), table.clone(), bias.clone(), &case.targets),
-            false => LinearSoftmax { targets: case.targets.as_slice().into(), weights: None, dim }.in_burn(
-                states.clone(),
-                table.clone(),
-                bias.clone(),
-            ),
+            true => {
+                linear_cross_entropy_excluding(states.clone(), table.clone(), bias.clone(), &case.targets, excluded)
+            }
+            false => {
+                let (targets, excluded) = (case.targets.as_slice().into(), excluded.map(Arc::new));
+                let operation = LinearSoftmax { targets, weights: None, excluded, dim };
+                operation.in_burn(states.clone(), table.clone(), bias.clone())
+            }
         };
         let upstream = Tensor::from_data(TensorData::new(case.upstream.clone(), [n]), &Default::default());
         let grads = (loss.clone() * upstream).sum().backward();
@@ -257,6 +300,21 @@ mod tests {
                 close(&run(&case, with_bias, true), &run(&case, with_bias, false));
             }
         }
+    }
+
+    #[test]
+    fn classes_that_are_left_out_get_no_probability_unless_they_are_the_target() {
+        let case = case([130, 40, 9], 1.0, false);
+        // Rows share lists of 0 to 6 classes; some of them are the row's target.
+        let classes: Vec<u32> = (0..40).map(|n| n * 7 % 40).collect();
+        let ranges = (0..130u32).map(|row| (row % 30, row % 30 + row % 7)).collect();
+        let excluded = Excluded { classes, ranges };
+        assert!((0..130).any(|row| excluded.of(row).contains(&case.targets[row])));
+        let fused = run_excluding(&case, true, true, Some(excluded.clone()));
+        close(&fused, &run_excluding(&case, true, false, Some(excluded)));
+        let all = run(&case, true, true);
+        assert!(fused[0].iter().zip(&all[0]).all(|(some, all)| some <= all));
+        assert!(fused[0].iter().zip(&all[0]).any(|(some, all)| *some < 0.99 * all));
     }
 
     #[test]
