@@ -156,10 +156,10 @@ fn add(sum: &mut [f32], x: &[f32]) {
 }
 
 /// A matrix: numbers, steps from row to row and from column to column.
-type Matrix<'a> = (&'a [f32], usize, usize);
+pub(super) type Matrix<'a> = (&'a [f32], usize, usize);
 
 /// `out [m, n] = a [m, k] x b [k, n]`, or `+=`; `out` is row-major. On this thread alone.
-fn multiply(out: &mut [f32], [m, n, k]: [usize; 3], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
+pub(super) fn multiply(out: &mut [f32], [m, n, k]: [usize; 3], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
     let last = |(x, row, column): Matrix<'_>, rows: usize, columns: usize| {
         assert!(x.len() > (rows - 1) * row + (columns - 1) * column, "a factor is smaller than its shape");
     };

@@ -8,9 +8,11 @@ mod cross_entropy;
 mod dropout;
 mod exp;
 mod linear_softmax;
+mod pair_products;
 mod products;
 mod sequence_attention;
 
 pub use attention::{Attention, AttentionBackend, AttentionMask, Setting, attention};
 pub use cross_entropy::{CrossEntropyBackend, LinearSoftmax, LossAndGradients, linear_cross_entropy};
 pub use dropout::{DropoutBackend, dropout};
+pub use pair_products::{PairProducts, PairProductsBackend, pair_products};
