@@ -55,6 +55,11 @@ impl NegativeSampler {
         &self.seen[self.offsets[user]..self.offsets[user + 1]]
     }
 
+    /// The distinct items of all users, user after user.
+    pub fn all_seen(&self) -> &[u32] {
+        &self.seen
+    }
+
     /// How many items `user` has not seen.
     pub fn unseen(&self, user: usize) -> usize {
         self.n_items as usize - self.seen(user).len()

@@ -2,37 +2,53 @@
 //!
 //! `E(k+1) = D^-1/2 A D^-1/2 E(k)`, final `E = mean of E(0)..E(K)`; A is the bipartite graph of
 //! the train interactions (each pair once), D the diagonal of its degrees. A node without
-//! interactions keeps `E(0) / (K + 1)`. Only E(0) is learned.
+//! interactions keeps `E(0) / (K + 1)`. Only E(0) is learned, with BPR or a softmax ([`super::ranking_loss`]).
 //!
-//! Reference implementations: the authors' `LightGCN-PyTorch` (loss and L2) and RecBole's
-//! `LightGCN` (Xavier-uniform start); we differ from RecBole in the L2 term, which there takes norms and not squares.
+//! L2, part of the loss: `l2 / 2 * mean over the batch of (|e_u|^2 + |e_i|^2 + sum of |e_j|^2)` on the EGO embeddings
+//! of a pair's user, item and, for `bpr`, negatives, as in the authors' `LightGCN-PyTorch`.
+//!
+//! Reference implementations: the authors' code, SELFRec `model/graph/LightGCN.py` and RecBole's `LightGCN`
+//! (Xavier-uniform start). We differ from the latter two in the L2 term, which there takes norms and not squares.
 
+use burn::backend::Autodiff;
 use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::embedding_scorer::EmbeddingScorer;
-use super::pairwise::{self, PairwiseConfig, PairwiseModel};
+use super::embedding_scorer::{EmbeddingScorer, OverHistory};
+use super::graph::{Bipartite, Propagation};
+use super::optim::{ParamId, Params, Vars, xavier_uniform};
+use super::pairwise::{self, Batch, PairModel, PairRecommender, host};
+use super::ranking_loss::{Draw, Loss, LossHyper, RankingLoss, Rows, View, weighted_squares};
 use super::registry::{Backbone, Make, Task};
-use super::sparse::{Csr, SparseMatrix};
+use super::saved::Tensors;
+use super::sparse::SparseMatrix;
 use super::trainer::Schedule;
-use super::{Fit, FitContext, Interactions, Recommender, hyper};
+use super::{Embeds, Fit, FitContext, Interactions, Recommender, hyper};
 use crate::device::ModelBackend;
 use crate::error::Result;
-use crate::interactions::Histories;
+use crate::interactions::sampler::NegativeSampler;
 
 /// Hyper-parameters of `lightgcn`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct LightGcnHyper {
-    /// Length of the users' and items' embeddings. Default 64.
+    /// Length of the users' and items' embeddings. Default 64 (SELFRec `conf/LightGCN.yaml`: 64).
     #[schemars(range(min = 1, max = 4096))]
     pub embedding_dim: u32,
-    /// Number of propagations over the graph, K. Default 3.
+    /// Number of propagations over the graph, K. Default 3 (SELFRec `conf/LightGCN.yaml`: 2; the paper: 3).
     #[schemars(range(min = 1, max = 10))]
     pub layers: u32,
-    /// Weight of the L2 term on the ego embeddings of a batch. Default 0.0001.
-    #[schemars(range(min = 0.0, max = 1.0))]
+    /// Weight of the L2 term on the ego embeddings of a batch. Default 0.0001 (SELFRec `conf/LightGCN.yaml`).
+    #[schemars(range(min = 0.0, max = 10.0))]
     pub l2: f64,
+    /// Whether embeddings are propagated anew over the history that is known when the model scores (train and
+    /// validation at test time; the weights stay fitted on train). Default true. SELFRec scores over the train graph.
+    pub propagate_history: bool,
+    /// The loss.
+    #[serde(flatten)]
+    pub loss: LossHyper,
     /// Steps and epochs.
     #[serde(flatten)]
     pub schedule: Schedule,
@@ -44,6 +60,8 @@ impl Default for LightGcnHyper {
             embedding_dim: 64,
             layers: 3,
             l2: 1e-4,
+            propagate_history: true,
+            loss: LossHyper::new(Loss::Bpr),
             schedule: Schedule { learning_rate: 5e-3, batch_size: 2048, epochs: 200, eval_every: 2, patience: 10 },
         }
     }
@@ -52,60 +70,37 @@ impl Default for LightGcnHyper {
 /// `lightgcn` in the registry.
 pub const BACKBONE: Backbone = Backbone {
     name: "lightgcn",
-    about: "LightGCN: embeddings smoothed over the user-item graph, BPR loss",
+    about: "LightGCN: embeddings smoothed over the user-item graph, with BPR or a softmax loss",
     task: Task::Direct,
     schema: || schemars::schema_for!(LightGcnHyper),
     make: Make::Ranking {
-        build: |given| Ok(Box::new(hyper::parse::<LightGcnHyper>("lightgcn", given)?)),
-        load: |_, tensors| Ok(Box::new(EmbeddingScorer::load(tensors)?)),
+        build: |given| Ok(Box::new(LightGcnHyper::build(given)?)),
+        load: |given, tensors| {
+            let hyper = LightGcnHyper::build(given.clone())?;
+            Ok(Box::new(load_scorer(tensors, hyper.over_history(), hyper.propagate_history)?))
+        },
     },
 };
 
-/// The model.
-pub struct LightGcn {
-    /// K, the number of propagations.
-    pub layers: usize,
+impl LightGcnHyper {
+    fn build(given: serde_json::Value) -> Result<Self> {
+        let mut hyper = hyper::parse::<LightGcnHyper>("lightgcn", given)?;
+        hyper.loss.resolve("lightgcn")?;
+        Ok(hyper)
+    }
+
+    fn over_history(&self) -> OverHistory {
+        OverHistory { propagation: Propagation::mean(self.layers as usize), cosine: self.loss.cosine }
+    }
 }
 
-/// `D^-1/2 A D^-1/2` of the bipartite graph, `[users + items, users + items]`, symmetric.
+/// A saved graph model.
 ///
 /// # Errors
-/// An item outside `0..n_items` (our bug).
-pub fn normalised_adjacency(n_users: usize, n_items: usize, train: &Histories) -> Result<Csr> {
-    let mut pairs: Vec<(u32, u32)> =
-        (0..n_users).flat_map(|u| train.of(u).iter().map(move |&i| (u as u32, n_users as u32 + i))).collect();
-    pairs.sort_unstable();
-    pairs.dedup();
-    let mut degree = vec![0f64; n_users + n_items];
-    for &(u, i) in &pairs {
-        degree[u as usize] += 1.0;
-        degree[i as usize] += 1.0;
-    }
-    let entries: Vec<(u32, u32, f32)> = pairs
-        .iter()
-        .flat_map(|&(u, i)| {
-            let value = (1.0 / (degree[u as usize] * degree[i as usize]).sqrt()) as f32;
-            [(u, i, value), (i, u, value)]
-        })
-        .collect();
-    Csr::from_entries(n_users + n_items, n_users + n_items, &entries)
-}
-
-impl PairwiseModel for LightGcn {
-    fn graph(&self, data: &Interactions<'_>) -> Result<Option<Csr>> {
-        normalised_adjacency(data.n_users, data.n_items, data.train).map(Some)
-    }
-
-    fn embed<B: ModelBackend>(&self, ego: Tensor<B, 2>, graph: Option<&SparseMatrix<B>>) -> Tensor<B, 2> {
-        let graph = graph.expect("`graph` of this model always gives a matrix");
-        let mut layer = ego.clone();
-        let mut sum = ego;
-        for _ in 0..self.layers {
-            layer = graph.matmul(layer);
-            sum = sum + layer.clone();
-        }
-        sum / (self.layers + 1) as f32
-    }
+/// As [`EmbeddingScorer::load_graph`].
+pub(super) fn load_scorer(tensors: &Tensors, over: OverHistory, propagate_history: bool) -> Result<EmbeddingScorer> {
+    let scorer = EmbeddingScorer::load_graph(tensors, over)?;
+    Ok(if propagate_history { scorer } else { scorer.fixed() })
 }
 
 impl Recommender for LightGcnHyper {
@@ -113,27 +108,180 @@ impl Recommender for LightGcnHyper {
         hyper::to_json(self)
     }
 
-    fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {
-        let config =
-            PairwiseConfig { embedding_dim: self.embedding_dim as usize, l2: self.l2, schedule: self.schedule.clone() };
-        pairwise::fit(&LightGcn { layers: self.layers as usize }, &config, data, ctx)
+    fn embeds(&self) -> Embeds {
+        Embeds::Both
     }
+
+    fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {
+        pairwise::fit(self, data, ctx)
+    }
+}
+
+impl PairRecommender for LightGcnHyper {
+    type Model<B: ModelBackend> = LightGcn<B>;
+
+    fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    fn model<B: ModelBackend>(
+        &self,
+        data: &Interactions<'_>,
+        params: &mut Params<B>,
+        sampler: &NegativeSampler,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<LightGcn<B>> {
+        let nodes = Nodes::new(data, self.embedding_dim as usize, params, rng);
+        let (over, device) = (self.over_history(), params.device().clone());
+        let graph = Bipartite::new(data.n_users, data.n_items, data.train).normalised();
+        Ok(LightGcn {
+            l2: self.l2,
+            loss: RankingLoss::new(&self.loss, self.schedule.batch_size as usize, data.n_items, sampler)?,
+            over,
+            propagate_history: self.propagate_history,
+            graph: TrainGraph::new(graph.clone(), &device),
+            nodes,
+        })
+    }
+}
+
+/// The learned ego embeddings of users and items, in one table.
+#[derive(Clone, Copy)]
+pub(super) struct Nodes {
+    /// Number of users; their rows come first.
+    pub(super) n_users: usize,
+    /// Number of items.
+    pub(super) n_items: usize,
+    /// `[users + items, dim]`
+    pub(super) ego: ParamId,
+}
+
+impl Nodes {
+    /// Users and items each Xavier-uniform.
+    pub(super) fn new<B: ModelBackend>(
+        data: &Interactions<'_>,
+        dim: usize,
+        params: &mut Params<B>,
+        rng: &mut ChaCha8Rng,
+    ) -> Self {
+        let (n_users, n_items) = (data.n_users, data.n_items);
+        let mut values = xavier_uniform(n_users, dim, rng);
+        values.extend(xavier_uniform(n_items, dim, rng));
+        Nodes { n_users, n_items, ego: params.add("ego_embeddings", &[n_users + n_items, dim], values) }
+    }
+
+    /// Users and items of a table `[users + items, dim]`.
+    pub(super) fn view<B: Backend>(&self, table: Tensor<B, 2>) -> View<B> {
+        View {
+            users: Rows::All { table: table.clone(), first: 0, len: self.n_users },
+            items: Rows::All { table, first: self.n_users, len: self.n_items },
+        }
+    }
+
+    /// The L2 term `[1]` of a batch: `l2 / 2 * mean over pairs of the squared lengths of its ego embeddings`.
+    pub(super) fn l2<B: Backend>(
+        &self,
+        ego: Tensor<B, 2>,
+        read: (Vec<u32>, Vec<u32>),
+        n_pairs: usize,
+        l2: f64,
+    ) -> Tensor<B, 1> {
+        let weight = (l2 / (2.0 * n_pairs as f64)) as f32;
+        let mut weights = vec![0f32; self.n_users + self.n_items];
+        read.0.iter().for_each(|&u| weights[u as usize] += weight);
+        read.1.iter().for_each(|&i| weights[self.n_users + i as usize] += weight);
+        weighted_squares(ego, weights)
+    }
+}
+
+/// The train graph for steps and for scoring.
+pub(super) struct TrainGraph<B: ModelBackend> {
+    /// With gradients.
+    pub(super) tracked: SparseMatrix<Autodiff<B>>,
+    /// Without.
+    pub(super) plain: SparseMatrix<B>,
+}
+
+impl<B: ModelBackend> TrainGraph<B> {
+    /// A normalised adjacency on a device.
+    pub(super) fn new(csr: super::sparse::Csr, device: &B::Device) -> Self {
+        TrainGraph {
+            tracked: SparseMatrix::symmetric(csr.clone(), device),
+            plain: SparseMatrix::symmetric(csr, device),
+        }
+    }
+}
+
+/// The model on a back end.
+pub struct LightGcn<B: ModelBackend> {
+    nodes: Nodes,
+    l2: f64,
+    loss: RankingLoss,
+    over: OverHistory,
+    propagate_history: bool,
+    graph: TrainGraph<B>,
+}
+
+impl<B: ModelBackend> LightGcn<B> {
+    fn loss_of(&self, vars: &Vars<Autodiff<B>>, pairs: &[(u32, u32)], draw: &Draw) -> Tensor<Autodiff<B>, 1> {
+        let ego = vars.get::<2>(self.nodes.ego);
+        let all = self.over.propagation.embed(ego.clone(), &self.graph.tracked);
+        let loss = self.loss.value(&self.nodes.view(all), pairs, draw);
+        match self.l2 == 0.0 {
+            true => loss,
+            false => loss + self.nodes.l2(ego, self.loss.regularised(pairs, draw), pairs.len(), self.l2),
+        }
+    }
+}
+
+impl<B: ModelBackend> PairModel<B> for LightGcn<B> {
+    fn loss(&self, vars: &Vars<Autodiff<B>>, batch: &Batch<'_>, rng: &mut ChaCha8Rng) -> Tensor<Autodiff<B>, 1> {
+        let draw = self.loss.draw(batch.pairs, batch.sampler, rng);
+        self.loss_of(vars, batch.pairs, &draw)
+    }
+
+    fn scorer(&self, vars: &Vars<B>) -> EmbeddingScorer {
+        scorer_over(vars, &self.nodes, self.over, &self.graph.plain, self.propagate_history)
+    }
+
+    fn load(&self, tensors: &Tensors) -> Result<EmbeddingScorer> {
+        load_scorer(tensors, self.over, self.propagate_history)
+    }
+}
+
+/// The scorer of a graph model's weights.
+pub(super) fn scorer_over<B: ModelBackend>(
+    vars: &Vars<B>,
+    nodes: &Nodes,
+    over: OverHistory,
+    graph: &SparseMatrix<B>,
+    propagate_history: bool,
+) -> EmbeddingScorer {
+    let ego = vars.get::<2>(nodes.ego);
+    let all = over.propagation.embed(ego.clone(), graph);
+    let scorer = EmbeddingScorer::graph(nodes.n_users, nodes.n_items, host(all), host(ego), over);
+    if propagate_history { scorer } else { scorer.fixed() }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::pairwise_golden::{Golden, contract};
     use super::*;
 
     #[test]
-    fn adjacency_is_symmetric_and_normalised_by_degrees() {
-        // User 0: items 0, 1 (item 0 twice in the log); user 1: item 1; item 2 unseen.
-        let train = Histories::from_pairs(2, &[(0, 0), (0, 1), (1, 1), (0, 0)]);
-        let graph = normalised_adjacency(2, 3, &train).unwrap();
-        assert_eq!((graph.rows(), graph.cols(), graph.nonzeros()), (5, 5, 6));
-        assert_eq!(graph.transpose(), graph);
-        let half = 0.5f32; // degrees: user 0 and item 1 have 2, user 1 and item 0 have 1
-        assert_eq!(graph.row(0), (&[2u32, 3][..], &[half.sqrt(), half][..]));
-        assert_eq!(graph.row(1), (&[3u32][..], &[half.sqrt()][..]));
-        assert_eq!(graph.row(4), (&[][..], &[][..]));
+    fn loss_gradient_and_embeddings_equal_golden_values() {
+        let golden = Golden::read("lightgcn");
+        golden.check(
+            |given| LightGcnHyper::build(given.clone()).unwrap(),
+            |model, vars, golden, case| model.loss_of(vars, &golden.pairs, &Draw { negatives: case.draw.clone() }),
+        );
+    }
+
+    #[test]
+    fn it_fits_a_toy_set_again_and_again_alike() {
+        for loss in ["bpr", "softmax", "sampled-softmax"] {
+            contract("lightgcn", serde_json::json!({"loss": loss}));
+            contract("lightgcn", serde_json::json!({"loss": loss, "cosine": true}));
+        }
     }
 }

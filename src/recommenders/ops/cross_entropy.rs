@@ -9,60 +9,13 @@
 
 use std::sync::Arc;
 
-use burn::backend::autodiff::NodeId;
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::{Autodiff, Flex};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::backend::Backend;
-use burn::tensor::{Int, Tensor, TensorData, TensorPrimitive};
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{Int, Shape, Tensor, TensorData};
 
-use super::linear_softmax::{self, Layer};
-
-/// The operands; cheap to clone.
-#[derive(Clone, Debug)]
-pub struct LinearSoftmax<B: Backend> {
-    /// `[n, dim]`.
-    pub states: Tensor<B, 2>,
-    /// `[classes, dim]`.
-    pub table: Tensor<B, 2>,
-    /// `[classes]`.
-    pub bias: Option<Tensor<B, 1>>,
-    /// `[n]`, each below `classes`.
-    pub targets: Arc<[u32]>,
-}
-
-/// Losses and gradients of their weighted sum.
-#[derive(Clone, Debug)]
-pub struct LossAndGradients<B: Backend> {
-    /// `[n]`.
-    pub loss: Tensor<B, 1>,
-    /// `[n, dim]`.
-    pub states: Tensor<B, 2>,
-    /// `[classes, dim]`.
-    pub table: Tensor<B, 2>,
-    /// `[classes]`.
-    pub bias: Option<Tensor<B, 1>>,
-}
-
-/// A back end that has the operation.
-pub trait CrossEntropyBackend: Backend {
-    /// See [`linear_cross_entropy`].
-    fn cross_entropy(layer: LinearSoftmax<Self>) -> Tensor<Self, 1> {
-        unfused(layer)
-    }
-
-    /// Losses, and the gradients of their sum with `weights [n]` (1 without); `None` where a back end has
-    /// nothing better than its own rules of differentiation.
-    fn cross_entropy_gradients(
-        _layer: &LinearSoftmax<Self>,
-        _weights: Option<&Tensor<Self, 1>>,
-    ) -> Option<LossAndGradients<Self>> {
-        None
-    }
-}
+use super::fused::{FusedBackend, Operation, Pass, lift, lower};
+use super::linear_softmax::{Gradients, Layer, losses, losses_and_gradients};
 
 /// `-ln softmax(states table' + bias)[target]` of each state.
 ///
@@ -71,7 +24,7 @@ pub trait CrossEntropyBackend: Backend {
 ///
 /// # Panics
 /// When the shapes do not fit or a target is no class (our bug).
-pub fn linear_cross_entropy<B: CrossEntropyBackend>(
+pub fn linear_cross_entropy<B: FusedBackend>(
     states: Tensor<B, 2>,
     table: Tensor<B, 2>,
     bias: Option<Tensor<B, 1>>,
@@ -81,163 +34,112 @@ pub fn linear_cross_entropy<B: CrossEntropyBackend>(
     assert!(n == targets.len() && dim == width && dim > 0, "{n} states of {dim} and {} targets", targets.len());
     assert!(bias.as_ref().is_none_or(|b| b.dims()[0] == classes), "a bias that is not [{classes}]");
     assert!(targets.iter().all(|&t| (t as usize) < classes), "a target that is none of the {classes} classes");
-    B::cross_entropy(LinearSoftmax { states, table, bias, targets: targets.into() })
-}
-
-fn unfused<B: Backend>(layer: LinearSoftmax<B>) -> Tensor<B, 1> {
-    let LinearSoftmax { states, table, bias, targets } = layer;
-    let n = targets.len();
-    let index: Vec<i32> = targets.iter().map(|&t| t as i32).collect();
-    let index = Tensor::<B, 1, Int>::from_data(TensorData::new(index, [n]), &states.device()).reshape([n, 1]);
-    let mut logits = states.matmul(table.transpose());
-    if let Some(bias) = bias {
-        let classes = bias.dims()[0];
-        logits = logits + bias.reshape([1, classes]);
-    }
-    log_softmax(logits, 1).gather(1, index).reshape([n]).neg()
-}
-
-#[cfg(feature = "cuda")]
-impl CrossEntropyBackend for burn::backend::Cuda {}
-
-impl CrossEntropyBackend for Flex {
-    fn cross_entropy(layer: LinearSoftmax<Self>) -> Tensor<Self, 1> {
-        let losses = on_host(&layer, linear_softmax::losses);
-        tensor(losses, [layer.targets.len()])
-    }
-
-    fn cross_entropy_gradients(
-        layer: &LinearSoftmax<Self>,
-        weights: Option<&Tensor<Self, 1>>,
-    ) -> Option<LossAndGradients<Self>> {
-        let weights = weights.map(|w| w.clone().into_primitive().tensor().to_contiguous());
-        let weights = weights.as_ref().map(|w| w.storage::<f32>());
-        let (losses, grads) = on_host(layer, |layer| linear_softmax::losses_and_gradients(layer, weights));
-        Some(LossAndGradients {
-            loss: tensor(losses, [layer.targets.len()]),
-            states: tensor(grads.states, layer.states.dims()),
-            table: tensor(grads.table, layer.table.dims()),
-            bias: layer.bias.as_ref().map(|b| tensor(grads.bias, b.dims())),
-        })
-    }
-}
-
-/// Calls `run` with the tensors' own memory.
-fn on_host<T>(layer: &LinearSoftmax<Flex>, run: impl FnOnce(Layer<'_>) -> T) -> T {
-    let contiguous = |t: TensorPrimitive<Flex>| t.tensor().to_contiguous(); // copies only what is not yet
-    let dim = layer.states.dims()[1];
-    let states = contiguous(layer.states.clone().into_primitive());
-    let table = contiguous(layer.table.clone().into_primitive());
-    let bias = layer.bias.clone().map(|b| contiguous(b.into_primitive()));
-    run(Layer {
-        states: states.storage(),
-        table: table.storage(),
-        bias: bias.as_ref().map(|b| b.storage()),
-        targets: &layer.targets,
-        dim,
+    let operation = LinearSoftmax { targets: targets.into(), dim };
+    lift(match bias {
+        None => B::fused(operation, [lower(states), lower(table)]),
+        Some(bias) => B::fused(operation, [lower(states), lower(table), lower(bias)]),
     })
 }
 
-fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<Flex, D> {
-    Tensor::from_data(TensorData::new(values, shape), &Default::default())
+/// The operation on states and table, or states, table and bias.
+#[derive(Clone, Debug)]
+struct LinearSoftmax {
+    targets: Arc<[u32]>,
+    dim: usize,
 }
 
-/// The gradient rule with the operands (for a second pass) and the gradients for an upstream gradient of 1.
-#[derive(Debug)]
-struct Rule;
-
-type Saved<B> = (LinearSoftmax<B>, LossAndGradients<B>);
-
-/// Gradients of states, table and bias for the upstream gradient `[n]`.
-fn scaled<B: CrossEntropyBackend>((layer, unit): Saved<B>, upstream: Tensor<B, 1>) -> LossAndGradients<B> {
-    let weights: Vec<f32> = upstream.to_data().iter::<f32>().collect();
-    let first = weights.first().copied().unwrap_or(0.0);
-    if weights.iter().all(|w| *w == first) {
-        let LossAndGradients { loss, states, table, bias } = unit;
-        return LossAndGradients { loss, states: states * first, table: table * first, bias: bias.map(|b| b * first) };
-    }
-    B::cross_entropy_gradients(&layer, Some(&upstream)).expect("the back end that gave gradients gives them again")
-}
-
-fn register<B: Backend, const D: usize>(grads: &mut Gradients, node: Option<NodeId>, grad: Tensor<B, D>) {
-    if let Some(node) = node {
-        grads.register::<B>(node, grad.into_primitive().tensor());
-    }
-}
-
-impl<B: CrossEntropyBackend> Backward<B, 2> for Rule {
-    type State = Saved<B>;
-
-    fn backward(self, ops: Ops<Saved<B>, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let upstream = Tensor::from_primitive(TensorPrimitive::Float(grads.consume::<B>(&ops.node)));
-        let flow = scaled(ops.state, upstream);
-        let [states, table] = ops.parents.map(|p| p.map(|p| p.id));
-        register(grads, states, flow.states);
-        register(grads, table, flow.table);
-    }
-}
-
-impl<B: CrossEntropyBackend> Backward<B, 3> for Rule {
-    type State = Saved<B>;
-
-    fn backward(self, ops: Ops<Saved<B>, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let upstream = Tensor::from_primitive(TensorPrimitive::Float(grads.consume::<B>(&ops.node)));
-        let flow = scaled(ops.state, upstream);
-        let [states, table, bias] = ops.parents.map(|p| p.map(|p| p.id));
-        register(grads, states, flow.states);
-        register(grads, table, flow.table);
-        if let Some(d_bias) = flow.bias {
-            register(grads, bias, d_bias);
+impl LinearSoftmax {
+    fn in_burn<B: Backend>(
+        &self,
+        states: Tensor<B, 2>,
+        table: Tensor<B, 2>,
+        bias: Option<Tensor<B, 1>>,
+    ) -> Tensor<B, 1> {
+        let n = self.targets.len();
+        let index: Vec<i32> = self.targets.iter().map(|&t| t as i32).collect();
+        let index = Tensor::<B, 1, Int>::from_data(TensorData::new(index, [n]), &states.device()).reshape([n, 1]);
+        let mut logits = states.matmul(table.transpose());
+        if let Some(bias) = bias {
+            let classes = bias.dims()[0];
+            logits = logits + bias.reshape([1, classes]);
         }
+        log_softmax(logits, 1).gather(1, index).reshape([n]).neg()
+    }
+
+    fn layer<'a>(&'a self, states: &'a [f32], table: &'a [f32], bias: Option<&'a [f32]>) -> Layer<'a> {
+        Layer { states, table, bias, targets: &self.targets, dim: self.dim }
     }
 }
 
-impl<B: CrossEntropyBackend, C: CheckpointStrategy> CrossEntropyBackend for Autodiff<B, C> {
-    fn cross_entropy(layer: LinearSoftmax<Self>) -> Tensor<Self, 1> {
-        let (states, table) =
-            (layer.states.clone().into_primitive().tensor(), layer.table.clone().into_primitive().tensor());
-        let bias = layer.bias.clone().map(|b| b.into_primitive().tensor());
-        let inner = LinearSoftmax {
-            states: layer.states.clone().inner(),
-            table: layer.table.clone().inner(),
-            bias: layer.bias.clone().map(Tensor::inner),
-            targets: layer.targets.clone(),
-        };
-        let nodes = [states.node, table.node];
-        match bias {
-            None => finish(Backward::<B, 2>::prepare::<C>(Rule, nodes), layer, inner),
-            Some(bias) => {
-                let [a, b] = nodes;
-                finish(Backward::<B, 3>::prepare::<C>(Rule, [a, b, bias.node]), layer, inner)
-            }
-        }
+/// Gradients for the upstream gradient `[n]`, given those for 1.
+fn scaled(layer: Layer<'_>, unit: Gradients, upstream: &[f32]) -> Gradients {
+    let first = upstream.first().copied().unwrap_or(0.0);
+    if upstream.iter().any(|w| *w != first) {
+        return losses_and_gradients(layer, Some(upstream)).1;
+    }
+    let mut all = unit;
+    for grad in [&mut all.states, &mut all.table, &mut all.bias] {
+        grad.iter_mut().for_each(|x| *x *= first);
+    }
+    all
+}
+
+impl Operation<2> for LinearSoftmax {
+    type Saved = Gradients;
+
+    fn plain<B: Backend>(&self, [states, table]: [FloatTensor<B>; 2]) -> FloatTensor<B> {
+        lower(self.in_burn::<B>(lift(states), lift(table), None))
+    }
+
+    fn shape(&self, _operands: [Shape; 2]) -> Shape {
+        Shape::new([self.targets.len()])
+    }
+
+    fn forward(&self, [states, table]: [&[f32]; 2]) -> Vec<f32> {
+        losses(self.layer(states, table, None))
+    }
+
+    fn forward_saved(&self, [states, table]: [&[f32]; 2]) -> (Vec<f32>, Gradients) {
+        losses_and_gradients(self.layer(states, table, None), None)
+    }
+
+    fn backward(&self, pass: Pass<'_, Gradients, 2>) -> [Vec<f32>; 2] {
+        let [states, table] = pass.operands;
+        let all = scaled(self.layer(states, table, None), pass.saved, pass.upstream);
+        [all.states, all.table]
     }
 }
 
-fn finish<B: CrossEntropyBackend, C: CheckpointStrategy, const N: usize>(
-    prepared: burn::backend::autodiff::ops::OpsPrep<Rule, B, Saved<B>, C, N>,
-    layer: LinearSoftmax<Autodiff<B, C>>,
-    inner: LinearSoftmax<B>,
-) -> Tensor<Autodiff<B, C>, 1>
-where
-    Rule: Backward<B, N, State = Saved<B>>,
-{
-    let output = match prepared.compute_bound().stateful() {
-        OpsKind::UnTracked(prepared) => prepared.finish(B::cross_entropy(inner).into_primitive().tensor()),
-        OpsKind::Tracked(prepared) => match B::cross_entropy_gradients(&inner, None) {
-            None => return unfused(layer),
-            Some(unit) => {
-                let loss = unit.loss.clone().into_primitive().tensor();
-                prepared.finish((inner, unit), loss)
-            }
-        },
-    };
-    Tensor::from_primitive(TensorPrimitive::Float(output))
+impl Operation<3> for LinearSoftmax {
+    type Saved = Gradients;
+
+    fn plain<B: Backend>(&self, [states, table, bias]: [FloatTensor<B>; 3]) -> FloatTensor<B> {
+        lower(self.in_burn::<B>(lift(states), lift(table), Some(lift(bias))))
+    }
+
+    fn shape(&self, _operands: [Shape; 3]) -> Shape {
+        Shape::new([self.targets.len()])
+    }
+
+    fn forward(&self, [states, table, bias]: [&[f32]; 3]) -> Vec<f32> {
+        losses(self.layer(states, table, Some(bias)))
+    }
+
+    fn forward_saved(&self, [states, table, bias]: [&[f32]; 3]) -> (Vec<f32>, Gradients) {
+        losses_and_gradients(self.layer(states, table, Some(bias)), None)
+    }
+
+    fn backward(&self, pass: Pass<'_, Gradients, 3>) -> [Vec<f32>; 3] {
+        let [states, table, bias] = pass.operands;
+        let all = scaled(self.layer(states, table, Some(bias)), pass.saved, pass.upstream);
+        [all.states, all.table, all.bias]
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use burn::backend::{Autodiff, Flex};
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
@@ -272,12 +174,11 @@ mod tests {
         let bias = with_bias.then(|| leaf(&case.bias, [classes]));
         let loss = match fused {
             true => linear_cross_entropy(states.clone(), table.clone(), bias.clone(), &case.targets),
-            false => unfused(LinearSoftmax {
-                states: states.clone(),
-                table: table.clone(),
-                bias: bias.clone(),
-                targets: case.targets.as_slice().into(),
-            }),
+            false => LinearSoftmax { targets: case.targets.as_slice().into(), dim }.in_burn(
+                states.clone(),
+                table.clone(),
+                bias.clone(),
+            ),
         };
         let upstream = Tensor::from_data(TensorData::new(case.upstream.clone(), [n]), &Default::default());
         let grads = (loss.clone() * upstream).sum().backward();
@@ -367,8 +268,8 @@ mod tests {
         assert!(got[0].is_empty() && got[2..].iter().flatten().all(|x| *x == 0.0));
         let case = case([50, 30, 8], 1.0, true);
         let losses = linear_cross_entropy::<Flex>(
-            tensor(case.states.clone(), [50, 8]),
-            tensor(case.table.clone(), [30, 8]),
+            Tensor::from_data(TensorData::new(case.states.clone(), [50, 8]), &Default::default()),
+            Tensor::from_data(TensorData::new(case.table.clone(), [30, 8]), &Default::default()),
             None,
             &case.targets,
         );

@@ -7,12 +7,25 @@ mod attention;
 mod cross_entropy;
 mod dropout;
 mod exp;
+mod fused;
+mod gelu;
+mod gemm;
+mod layer_norm;
+mod linear;
 mod linear_softmax;
 mod pair_products;
 mod products;
 mod sequence_attention;
+mod widest;
 
-pub use attention::{Attention, AttentionBackend, AttentionMask, Setting, attention};
-pub use cross_entropy::{CrossEntropyBackend, LinearSoftmax, LossAndGradients, linear_cross_entropy};
-pub use dropout::{DropoutBackend, dropout};
-pub use pair_products::{PairProducts, PairProductsBackend, pair_products};
+#[cfg(test)]
+mod checks;
+
+pub use attention::{AttentionMask, attention};
+pub use cross_entropy::linear_cross_entropy;
+pub use dropout::dropout;
+pub use fused::{FusedBackend, Operation, Pass, Tape};
+pub use gelu::gelu;
+pub use layer_norm::layer_norm;
+pub use linear::linear;
+pub use pair_products::pair_products;

@@ -62,7 +62,15 @@ impl Csr {
         Csr::from_parts(offsets.len() - 1, cols, offsets, columns, values)
     }
 
-    fn from_parts(rows: usize, cols: usize, offsets: Vec<usize>, columns: Vec<u32>, values: Vec<f32>) -> Csr {
+    /// From the three arrays themselves: `offsets [rows + 1]`, and `columns [nonzeros]`, distinct and ascending within
+    /// a row, with their `values [nonzeros]`.
+    pub(in crate::recommenders) fn from_parts(
+        rows: usize,
+        cols: usize,
+        offsets: Vec<usize>,
+        columns: Vec<u32>,
+        values: Vec<f32>,
+    ) -> Csr {
         let mut blocks = vec![0];
         let mut first = 0;
         for row in 0..rows {

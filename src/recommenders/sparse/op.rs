@@ -69,6 +69,13 @@ impl<B: SparseBackend> SparseMatrix<B> {
         SparseMatrix { pair: SparsePair { forward, transposed }, rows, cols }
     }
 
+    /// Brings a matrix that is its own transpose to `device`, without looking.
+    pub fn symmetric(csr: Csr, device: &B::Device) -> Self {
+        let (rows, cols) = (csr.rows(), csr.cols());
+        let forward = B::sparse_from_csr(Arc::new(csr), device);
+        SparseMatrix { pair: SparsePair { forward: forward.clone(), transposed: forward }, rows, cols }
+    }
+
     /// `self [rows, cols] x dense [cols, dim] -> [rows, dim]`; gradients flow to `dense`.
     ///
     /// # Panics
