@@ -15,6 +15,7 @@ mod linear;
 mod linear_softmax;
 mod pair_products;
 mod products;
+mod row_dots;
 mod sequence_attention;
 mod widest;
 
@@ -30,3 +31,4 @@ pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use linear_softmax::Excluded;
 pub use pair_products::pair_products;
+pub use row_dots::row_dots;
