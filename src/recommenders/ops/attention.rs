@@ -50,6 +50,8 @@ pub struct Setting {
     pub causal: bool,
     /// Share of the weights that is dropped, in `[0, 1)`, and a seed.
     pub dropout: Option<(f32, u64)>,
+    /// What each position of distance takes off a score, `[heads]` (ALiBi, arXiv 2108.12409); empty = nothing.
+    pub slopes: Arc<[f32]>,
 }
 
 /// A back end that has the operation.
@@ -89,18 +91,29 @@ pub fn attention<B: AttentionBackend>(
     mask: AttentionMask<'_>,
     dropout: Option<(f32, u64)>,
 ) -> Tensor<B, 3> {
+    let setting = Setting { heads, lengths: mask.lengths.into(), causal: mask.causal, dropout, slopes: Arc::new([]) };
+    attend(Attention { q, k, v, setting })
+}
+
+/// As [`attention`], with all that can be set.
+///
+/// # Panics
+/// When the shapes do not fit (our bug).
+pub fn attend<B: AttentionBackend>(operands: Attention<B>) -> Tensor<B, 3> {
+    let Attention { q, k, v, setting } = &operands;
     let [batch, length, dim] = q.dims();
+    let (heads, lengths) = (setting.heads, &setting.lengths);
     assert!(k.dims() == q.dims() && v.dims() == q.dims(), "queries, keys and values of different shapes");
-    assert!(batch == mask.lengths.len(), "{batch} sequences and {} lengths", mask.lengths.len());
+    assert!(batch == lengths.len(), "{batch} sequences and {} lengths", lengths.len());
     assert!(dim.is_multiple_of(heads), "{heads} heads of {dim} numbers");
-    assert!(mask.lengths.iter().all(|&n| n as usize <= length), "a sequence longer than {length}");
-    let setting = Setting { heads, lengths: mask.lengths.into(), causal: mask.causal, dropout };
-    B::masked_attention(Attention { q, k, v, setting })
+    assert!(lengths.iter().all(|&n| n as usize <= length), "a sequence longer than {length}");
+    assert!(setting.slopes.is_empty() || setting.slopes.len() == heads, "not one slope for each head");
+    B::masked_attention(operands)
 }
 
 fn unfused<B: Backend>(operands: Attention<B>) -> Tensor<B, 3> {
     let Attention { q, k, v, setting } = operands;
-    let Setting { heads, lengths, causal, dropout } = setting;
+    let Setting { heads, lengths, causal, dropout, slopes } = setting;
     let [batch, length, dim] = q.dims();
     let device = q.device();
     let size = dim / heads;
@@ -111,7 +124,12 @@ fn unfused<B: Backend>(operands: Attention<B>) -> Tensor<B, 3> {
         .flat_map(|&n| (0..length).flat_map(move |i| (0..length).map(move |j| j >= real(n) || (causal && j > i))))
         .collect();
     let hidden = Tensor::<B, 4, Bool>::from_data(TensorData::new(hidden, [batch, 1, length, length]), &device);
-    let scores = split(q).matmul(split(k).swap_dims(2, 3)) / (size as f32).sqrt();
+    let mut scores = split(q).matmul(split(k).swap_dims(2, 3)) / (size as f32).sqrt();
+    if !slopes.is_empty() {
+        let by = |slope: f32| (0..length * length).map(move |at| slope * (at / length).abs_diff(at % length) as f32);
+        let fall: Vec<f32> = slopes.iter().flat_map(|&slope| by(slope)).collect();
+        scores = scores - Tensor::<B, 4>::from_data(TensorData::new(fall, [1, heads, length, length]), &device);
+    }
     let mut weights = softmax(scores.mask_fill(hidden.expand([batch, heads, length, length]), -1e9), 3);
     if let Some(choice) = dropout.and_then(|(share, seed)| Choice::new(share, seed)) {
         let mut factors = vec![0f32; batch * heads * length * length];
@@ -158,11 +176,11 @@ impl AttentionBackend for Flex {
 /// Calls `run` with the tensors' own memory.
 fn on_host<T>(operands: &Attention<Flex>, run: impl FnOnce(Plan<'_>, [&[f32]; 3]) -> T) -> T {
     let [_, length, dim] = operands.q.dims();
-    let Setting { heads, lengths, causal, dropout } = &operands.setting;
+    let Setting { heads, lengths, causal, dropout, slopes } = &operands.setting;
     let dropout = dropout.and_then(|(share, seed)| Choice::new(share, seed));
     let contiguous = |t: &Tensor<Flex, 3>| t.clone().into_primitive().tensor().to_contiguous();
     let [q, k, v] = [&operands.q, &operands.k, &operands.v].map(contiguous);
-    let plan = Plan { length, dim, heads: *heads, lengths, causal: *causal, dropout };
+    let plan = Plan { length, dim, heads: *heads, lengths, causal: *causal, dropout, slopes };
     run(plan, [q.storage(), k.storage(), v.storage()])
 }
 
@@ -233,11 +251,11 @@ mod tests {
         };
         let [q, k, v] = [draw(), draw(), draw()].map(Tensor::require_grad);
         let upstream = draw() / size;
-        let setting = Setting { heads, lengths: lengths.into(), causal, dropout };
-        let out = match fused {
-            true => attention(q.clone(), k.clone(), v.clone(), heads, AttentionMask { lengths, causal }, dropout),
-            false => unfused(Attention { q: q.clone(), k: k.clone(), v: v.clone(), setting }),
-        };
+        // Two heads of a kind that falls with the distance; other numbers of heads without.
+        let slopes: Arc<[f32]> = if heads == 2 { [0.3, 0.02].into() } else { [].into() };
+        let setting = Setting { heads, lengths: lengths.into(), causal, dropout, slopes };
+        let operands = Attention { q: q.clone(), k: k.clone(), v: v.clone(), setting };
+        let out = if fused { attend(operands) } else { unfused(operands) };
         let grads = (out.clone() * upstream).sum().backward();
         let mut all = vec![out.into_data().to_vec().unwrap()];
         all.extend([q, k, v].map(|x| x.grad(&grads).unwrap().into_data().to_vec().unwrap()));

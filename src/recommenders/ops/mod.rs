@@ -12,7 +12,7 @@ mod linear_softmax;
 mod products;
 mod sequence_attention;
 
-pub use attention::{Attention, AttentionBackend, AttentionMask, Setting, attention};
+pub use attention::{Attention, AttentionBackend, AttentionMask, Setting, attend, attention};
 pub use cross_entropy::{
     CrossEntropyBackend, LinearSoftmax, LossAndGradients, linear_cross_entropy, linear_cross_entropy_excluding,
 };

@@ -48,7 +48,7 @@ pub fn golden(model: &str) {
         let hyper: EncoderHyper = list(&json!({
             "embedding_dim": sizes["dim"], "max_len": sizes["max_len"], "blocks": sizes["blocks"],
             "heads": sizes["heads"], "feed_forward_dim": sizes["inner"], "activation": case["activation"],
-            "norm": case["norm"], "positions": case["positions"], "embedding_dropout": 0.0, "attention_dropout": 0.0,
+            "norm": case["norm"], "positions": case["positions"], "recency": case.get("recency").cloned().unwrap_or(json!(0.0)), "embedding_dropout": 0.0, "attention_dropout": 0.0,
             "hidden_dropout": 0.0, "initial_deviation": 0.1,
         }));
         let causal = case["causal"].as_bool().unwrap();
@@ -101,9 +101,6 @@ pub fn small(model: &str, more: &Value) -> Value {
         "attention_dropout": 0.0, "hidden_dropout": 0.0, "learning_rate": 0.01, "batch_size": 8, "epochs": 60,
         "eval_every": 10, "decay": "none", "warmup_epochs": 0.0,
     });
-    if model == "bert4rec" {
-        hyper["last_mask_rate"] = json!(0.5);
-    }
     hyper.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     hyper
 }
