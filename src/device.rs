@@ -19,7 +19,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::recommenders::ops::{AttentionBackend, CrossEntropyBackend, DropoutBackend, LayerNormBackend};
+use crate::recommenders::ops::FusedBackend;
 use crate::recommenders::optim::AdamBackend;
 use crate::recommenders::sparse::SparseBackend;
 
@@ -39,14 +39,8 @@ pub enum DeviceChoice {
 /// What every back end of the house can do: all of Burn's operations and our own.
 ///
 /// A new operation of ours becomes one more supertrait here.
-pub trait ModelBackend:
-    SparseBackend + AdamBackend + CrossEntropyBackend + AttentionBackend + DropoutBackend + LayerNormBackend
-{
-}
-impl<B> ModelBackend for B where
-    B: SparseBackend + AdamBackend + CrossEntropyBackend + AttentionBackend + DropoutBackend + LayerNormBackend
-{
-}
+pub trait ModelBackend: SparseBackend + AdamBackend + FusedBackend {}
+impl<B: SparseBackend + AdamBackend + FusedBackend> ModelBackend for B {}
 
 /// Work that runs on whichever back end was chosen.
 pub trait OnBackend {

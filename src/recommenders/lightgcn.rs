@@ -26,7 +26,7 @@ use super::registry::{Backbone, Make, Task};
 use super::saved::Tensors;
 use super::sparse::SparseMatrix;
 use super::trainer::Schedule;
-use super::{Fit, FitContext, Interactions, Recommender, hyper};
+use super::{Embeds, Fit, FitContext, Interactions, Recommender, hyper};
 use crate::device::ModelBackend;
 use crate::error::Result;
 use crate::interactions::sampler::NegativeSampler;
@@ -74,19 +74,21 @@ pub const BACKBONE: Backbone = Backbone {
     task: Task::Direct,
     schema: || schemars::schema_for!(LightGcnHyper),
     make: Make::Ranking {
-        build: |given| {
-            let mut hyper = hyper::parse::<LightGcnHyper>("lightgcn", given)?;
-            hyper.loss.resolve("lightgcn")?;
-            Ok(Box::new(hyper))
-        },
+        build: |given| Ok(Box::new(LightGcnHyper::build(given)?)),
         load: |given, tensors| {
-            let hyper = hyper::parse::<LightGcnHyper>("lightgcn", given.clone())?;
+            let hyper = LightGcnHyper::build(given.clone())?;
             Ok(Box::new(load_scorer(tensors, hyper.over_history(), hyper.propagate_history)?))
         },
     },
 };
 
 impl LightGcnHyper {
+    fn build(given: serde_json::Value) -> Result<Self> {
+        let mut hyper = hyper::parse::<LightGcnHyper>("lightgcn", given)?;
+        hyper.loss.resolve("lightgcn")?;
+        Ok(hyper)
+    }
+
     fn over_history(&self) -> OverHistory {
         OverHistory { propagation: Propagation::mean(self.layers as usize), cosine: self.loss.cosine }
     }
@@ -104,6 +106,10 @@ pub(super) fn load_scorer(tensors: &Tensors, over: OverHistory, propagate_histor
 impl Recommender for LightGcnHyper {
     fn hyper(&self) -> serde_json::Value {
         hyper::to_json(self)
+    }
+
+    fn embeds(&self) -> Embeds {
+        Embeds::Both
     }
 
     fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {
@@ -255,4 +261,27 @@ pub(super) fn scorer_over<B: ModelBackend>(
     let all = over.propagation.embed(ego.clone(), graph);
     let scorer = EmbeddingScorer::graph(nodes.n_users, nodes.n_items, host(all), host(ego), over);
     if propagate_history { scorer } else { scorer.fixed() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pairwise_golden::{Golden, contract};
+    use super::*;
+
+    #[test]
+    fn loss_gradient_and_embeddings_equal_golden_values() {
+        let golden = Golden::read("lightgcn");
+        golden.check(
+            |given| LightGcnHyper::build(given.clone()).unwrap(),
+            |model, vars, golden, case| model.loss_of(vars, &golden.pairs, &Draw { negatives: case.draw.clone() }),
+        );
+    }
+
+    #[test]
+    fn it_fits_a_toy_set_again_and_again_alike() {
+        for loss in ["bpr", "softmax", "sampled-softmax"] {
+            contract("lightgcn", serde_json::json!({"loss": loss}));
+            contract("lightgcn", serde_json::json!({"loss": loss, "cosine": true}));
+        }
+    }
 }

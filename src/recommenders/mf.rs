@@ -22,7 +22,7 @@ use super::ranking_loss::{Draw, Loss, LossHyper, RankingLoss, Rows, View, distin
 use super::registry::{Backbone, Make, Task};
 use super::saved::Tensors;
 use super::trainer::Schedule;
-use super::{Fit, FitContext, Interactions, Recommender, hyper};
+use super::{Embeds, Fit, FitContext, Interactions, Recommender, hyper};
 use crate::device::ModelBackend;
 use crate::error::Result;
 use crate::interactions::sampler::NegativeSampler;
@@ -62,18 +62,26 @@ pub const BACKBONE: Backbone = Backbone {
     task: Task::Direct,
     schema: || schemars::schema_for!(MfHyper),
     make: Make::Ranking {
-        build: |given| {
-            let mut hyper = hyper::parse::<MfHyper>("mf", given)?;
-            hyper.loss.resolve("mf")?;
-            Ok(Box::new(hyper))
-        },
+        build: |given| Ok(Box::new(MfHyper::build(given)?)),
         load: |_, tensors| Ok(Box::new(EmbeddingScorer::load(tensors)?)),
     },
 };
 
+impl MfHyper {
+    fn build(given: serde_json::Value) -> Result<Self> {
+        let mut hyper = hyper::parse::<MfHyper>("mf", given)?;
+        hyper.loss.resolve("mf")?;
+        Ok(hyper)
+    }
+}
+
 impl Recommender for MfHyper {
     fn hyper(&self) -> serde_json::Value {
         hyper::to_json(self)
+    }
+
+    fn embeds(&self) -> Embeds {
+        Embeds::Both
     }
 
     fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {
@@ -159,5 +167,28 @@ impl<B: ModelBackend> PairModel<B> for Mf {
 
     fn load(&self, tensors: &Tensors) -> Result<EmbeddingScorer> {
         EmbeddingScorer::load(tensors)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pairwise_golden::{Golden, contract};
+    use super::*;
+
+    #[test]
+    fn loss_gradient_and_embeddings_equal_golden_values() {
+        let golden = Golden::read("mf");
+        golden.check(
+            |given| MfHyper::build(given.clone()).unwrap(),
+            |model, vars, golden, case| model.loss_of(vars, &golden.pairs, &Draw { negatives: case.draw.clone() }),
+        );
+    }
+
+    #[test]
+    fn it_fits_a_toy_set_again_and_again_alike() {
+        for loss in ["bpr", "softmax", "sampled-softmax"] {
+            contract("mf", serde_json::json!({"loss": loss}));
+            contract("mf", serde_json::json!({"loss": loss, "cosine": true}));
+        }
     }
 }

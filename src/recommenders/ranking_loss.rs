@@ -17,7 +17,7 @@ use rand::Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::ops::linear_cross_entropy;
+use super::ops::weighted_cross_entropy;
 use super::sparse::{Csr, SparseMatrix};
 use crate::device::ModelBackend;
 use crate::error::{Error, Result};
@@ -239,32 +239,35 @@ impl RankingLoss {
         bias: Option<Vec<f32>>,
         pairs: &[(u32, u32)],
     ) -> Tensor<B, 1> {
-        let users = distinct(pairs.iter().map(|p| p.0));
-        let (n, classes, device) = (users.len(), table.dims()[0], table.device());
-        let mut first: Vec<Option<u32>> = vec![None; n];
-        let mut counts = vec![0f32; n];
-        let mut entries = Vec::with_capacity(pairs.len() + n);
+        let (classes, device) = (table.dims()[0], table.device());
+        let mut sorted: Vec<(u32, u32)> = pairs.iter().map(|&(user, item)| (user, class(item))).collect();
+        sorted.sort_unstable();
+        let (mut users, mut first, mut counts) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut offsets, mut columns, mut values) = (vec![0], Vec::new(), Vec::<f32>::new());
         // The constant part of the loss: correction of the positives' own scores.
         let mut offset = 0f64;
-        for &(user, item) in pairs {
-            let row = users.binary_search(&user).expect("`users` holds every user");
-            let class = class(item);
-            let t = *first[row].get_or_insert(class);
-            counts[row] += 1.0;
-            entries.push((row as u32, class, -1.0));
-            entries.push((row as u32, t, 1.0));
+        for mine in sorted.chunk_by(|a, b| a.0 == b.0) {
+            let (user, t) = mine[0];
+            users.push(user);
+            first.push(t);
+            counts.push(mine.len() as f32);
+            for repeats in mine.chunk_by(|a, b| a.1 == b.1) {
+                columns.push(repeats[0].1);
+                values.push(-(repeats.len() as f32));
+            }
+            values[offsets[offsets.len() - 1]] += mine.len() as f32;
+            offsets.push(columns.len());
             if let Some(bias) = &bias {
-                offset += f64::from(bias[t as usize]) - f64::from(bias[class as usize]);
+                offset += mine.iter().map(|p| f64::from(bias[t as usize] - bias[p.1 as usize])).sum::<f64>();
             }
         }
-        let first: Vec<u32> = first.into_iter().map(|t| t.expect("every user of `users` has a pair")).collect();
-        let differences = Csr::from_entries(n, classes, &entries).expect("rows and classes are counted above");
+        let n = users.len();
+        let differences = Csr::from_parts(n, classes, offsets, columns, values);
         let differences = SparseMatrix::<B>::new(differences, &device);
         let rows = self.ready(view.users.select(&users)) * self.inverse_temperature;
         let bias = bias.map(|bias| Tensor::from_data(TensorData::new(bias, [classes]), &device));
-        let counts = Tensor::<B, 1>::from_data(TensorData::new(counts, [n]), &device);
         let scores = (rows.clone() * differences.matmul(table.clone())).sum();
-        let entropies = (linear_cross_entropy(rows, table, bias, &first) * counts).sum();
+        let entropies = weighted_cross_entropy(rows, table, bias, &first, &counts).sum();
         (entropies + scores + offset as f32) / pairs.len() as f32
     }
 }
@@ -365,4 +368,93 @@ pub fn weighted_squares<B: Backend>(table: Tensor<B, 2>, weights: Vec<f32>) -> T
     let n = weights.len();
     let weights = Tensor::<B, 1>::from_data(TensorData::new(weights, [n]), &table.device()).reshape([n, 1]);
     (table.powi_scalar(2) * weights).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::interactions::Histories;
+    use crate::recommenders::registry;
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+    use serde_json::json;
+
+    #[test]
+    fn what_a_loss_does_not_use_is_refused_and_null_is_not_set() {
+        let build = |given| registry::find("mf").unwrap().recommender(&given);
+        let hyper = |given| build(given).unwrap().hyper();
+        for (given, name) in [
+            (json!({"loss": "softmax", "negatives": 5}), "`negatives`"),
+            (json!({"loss": "bpr", "temperature": 0.5}), "`temperature`"),
+        ] {
+            let error = build(given).err().unwrap();
+            assert_eq!(error.fault.exit_code(), 78);
+            assert!(error.message.contains(name) && error.message.contains("`mf`") && error.help.is_some(), "{error}");
+        }
+        assert!(build(json!({"loss": "hinge"})).is_err());
+        assert!(build(json!({"loss": "bpr", "negatives": 0})).is_err());
+        let full = hyper(json!({"loss": "bpr"}));
+        assert_eq!((&full["negatives"], &full["temperature"]), (&json!(1), &json!(null)));
+        let full = hyper(json!({"loss": "softmax", "cosine": true, "negatives": null}));
+        assert_eq!((&full["negatives"], &full["temperature"]), (&json!(null), &json!(0.2)));
+        let full = hyper(json!({"loss": "sampled-softmax"}));
+        assert_eq!((&full["negatives"], &full["temperature"]), (&json!(1024), &json!(1.0)));
+    }
+
+    fn loss(hyper: serde_json::Value, train: &Histories, n_items: usize) -> Result<RankingLoss> {
+        let mut hyper: LossHyper = serde_json::from_value(hyper).unwrap();
+        hyper.resolve("mf").unwrap();
+        RankingLoss::new(&hyper, 1 << 20, n_items, &NegativeSampler::new(train, n_items))
+    }
+
+    #[test]
+    fn a_softmax_over_too_many_items_is_refused_with_the_way_out() {
+        let train = Histories::from_pairs(3000, &[(0, 0)]);
+        let hyper = |name: &str| json!({"loss": name, "negatives": null, "temperature": null, "cosine": false});
+        assert!(loss(hyper("softmax"), &train, 300_000).is_ok());
+        let error = loss(hyper("softmax"), &train, 400_000).unwrap_err();
+        assert!(error.fault.exit_code() == 78 && error.help.unwrap().contains("sampled-softmax"));
+        assert!(loss(hyper("sampled-softmax"), &train, 400_000).is_ok());
+    }
+
+    #[test]
+    fn the_correction_is_the_share_of_batches_that_hold_an_item() {
+        // Item 0 has 3 of 4 train pairs, item 1 has one, item 2 none.
+        let train = Histories::from_pairs(3, &[(0, 0), (1, 0), (2, 0), (2, 1)]);
+        let sampler = NegativeSampler::new(&train, 3);
+        let hyper = json!({"loss": "sampled-softmax", "negatives": 2, "temperature": null, "cosine": false});
+        let loss = loss(hyper, &train, 3).unwrap();
+        let mut rng = ChaCha8Rng::seed_from_u64(2);
+        let pairs = [(0, 0), (1, 0), (2, 0), (2, 1)];
+        let rounds = 20_000;
+        let mut held = [0f64; 3];
+        for _ in 0..rounds {
+            let batch = [pairs[rng.random_range(0..4)], pairs[rng.random_range(0..4)]];
+            let draw = loss.draw(&batch, &sampler, &mut rng);
+            assert_eq!(draw.negatives.len(), 2);
+            loss.items(&batch, &draw).iter().for_each(|&i| held[i as usize] += 1.0 / f64::from(rounds));
+        }
+        for (item, held) in held.iter().enumerate() {
+            let want = f64::from(loss.log_inclusion(item as u32, 2, 2)).exp();
+            // Standard deviation below 0.0036.
+            assert!((held - want).abs() < 0.015, "item {item}: {held} is not {want}");
+        }
+    }
+
+    #[test]
+    fn negatives_of_bpr_are_unseen_and_held_out_items_occur() {
+        let train = Histories::from_pairs(2, &[(0, 0), (0, 1), (1, 3)]);
+        let sampler = NegativeSampler::new(&train, 4);
+        let hyper = json!({"loss": "bpr", "negatives": 3, "temperature": null, "cosine": false});
+        let loss = loss(hyper, &train, 4).unwrap();
+        let pairs: Vec<(u32, u32)> = (0..40).map(|n| if n % 2 == 0 { (0, 0) } else { (1, 3) }).collect();
+        let draw = loss.draw(&pairs, &sampler, &mut ChaCha8Rng::seed_from_u64(1));
+        assert_eq!(draw.negatives.len(), 120);
+        for (n, negatives) in draw.negatives.chunks(3).enumerate() {
+            let seen = train.of(n % 2);
+            assert!(negatives.iter().all(|j| !seen.contains(j)), "pair {n}: {negatives:?}");
+        }
+        // Items 2 and 3 are held out of user 0, item 2 of user 1.
+        assert!(distinct(draw.negatives.chunks(6).flat_map(|c| c[..3].to_vec())) == [2, 3]);
+    }
 }

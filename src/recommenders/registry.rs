@@ -5,9 +5,7 @@ use serde_json::Value;
 
 use super::rating::{Predictor, RatingRecommender};
 use super::saved::Tensors;
-use super::{
-    Recommender, Scorer, afm, autoint, bert4rec, cl4srec, dcn, deepfm, hyper, lightgcn, mf, nfm, sasrec, xdeepfm,
-};
+use super::{Recommender, Scorer, hyper};
 use crate::error::{Error, Result};
 use crate::interactions::fields::FieldSet;
 
@@ -57,17 +55,28 @@ pub enum Make {
 
 /// The backbones in the order of the docs.
 pub static BACKBONES: &[Backbone] = &[
-    mf::BACKBONE,
-    lightgcn::BACKBONE,
-    sasrec::BACKBONE,
-    bert4rec::BACKBONE,
-    cl4srec::BACKBONE,
-    deepfm::BACKBONE,
-    nfm::BACKBONE,
-    dcn::BACKBONE,
-    afm::BACKBONE,
-    xdeepfm::BACKBONE,
-    autoint::BACKBONE,
+    // Baselines, in closed form or by alternating least squares.
+    super::popularity::BACKBONE,
+    super::item_knn::BACKBONE,
+    super::ials::BACKBONE,
+    super::gf_cf::BACKBONE,
+    super::ease::BACKBONE,
+    // Direct top-k.
+    super::mf::BACKBONE,
+    super::lightgcn::BACKBONE,
+    super::mixgcf::BACKBONE,
+    super::sgl::BACKBONE,
+    // Sequential top-k.
+    super::sasrec::BACKBONE,
+    super::bert4rec::BACKBONE,
+    super::cl4srec::BACKBONE,
+    // Rating.
+    super::deepfm::BACKBONE,
+    super::nfm::BACKBONE,
+    super::dcn::BACKBONE,
+    super::afm::BACKBONE,
+    super::xdeepfm::BACKBONE,
+    super::autoint::BACKBONE,
 ];
 
 /// The backbone of that name.

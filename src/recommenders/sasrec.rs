@@ -15,7 +15,7 @@ use super::sequential::{
     SequentialScorer, config, fit,
 };
 use super::trainer::Schedule;
-use super::{Fit, FitContext, Interactions, Recommender, hyper};
+use super::{Embeds, Fit, FitContext, Interactions, Recommender, hyper};
 use crate::error::Result;
 
 /// Hyper-parameters of `sasrec`.
@@ -96,6 +96,10 @@ pub const BACKBONE: Backbone = Backbone {
 impl Recommender for SasRecHyper {
     fn hyper(&self) -> serde_json::Value {
         hyper::to_json(self)
+    }
+
+    fn embeds(&self) -> Embeds {
+        Embeds::Both
     }
 
     fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {

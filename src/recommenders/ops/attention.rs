@@ -4,17 +4,14 @@
 
 use std::sync::Arc;
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::{Autodiff, Flex};
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
-use burn::tensor::{Bool, Tensor, TensorData, TensorPrimitive};
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{Bool, Shape, Tensor, TensorData};
 
 use super::dropout::Choice;
-use super::sequence_attention::{self, Plan};
+use super::fused::{FusedBackend, Operation, Pass, lift, lower};
+use super::sequence_attention::{Plan, backward, forward};
 
 /// Which positions a position sees.
 #[derive(Clone, Copy, Debug)]
@@ -26,64 +23,13 @@ pub struct AttentionMask<'a> {
     pub causal: bool,
 }
 
-/// The operands; cheap to clone.
-#[derive(Clone, Debug)]
-pub struct Attention<B: Backend> {
-    /// `[batch, length, dim]`.
-    pub q: Tensor<B, 3>,
-    /// `[batch, length, dim]`.
-    pub k: Tensor<B, 3>,
-    /// `[batch, length, dim]`.
-    pub v: Tensor<B, 3>,
-    /// Which positions see which, how many heads, what is dropped.
-    pub setting: Setting,
-}
-
-/// What is no tensor.
-#[derive(Clone, Debug)]
-pub struct Setting {
-    /// Divides `dim`.
-    pub heads: usize,
-    /// `[batch]`, as in [`AttentionMask`].
-    pub lengths: Arc<[u32]>,
-    /// As in [`AttentionMask`].
-    pub causal: bool,
-    /// Share of the weights that is dropped, in `[0, 1)`, and a seed.
-    pub dropout: Option<(f32, u64)>,
-    /// What each position of distance takes off a score, `[heads]` (ALiBi, arXiv 2108.12409); empty = nothing.
-    pub slopes: Arc<[f32]>,
-}
-
-/// A back end that has the operation.
-pub trait AttentionBackend: Backend {
-    /// See [`attention`].
-    fn masked_attention(operands: Attention<Self>) -> Tensor<Self, 3> {
-        unfused(operands)
-    }
-
-    /// The result, and what [`AttentionBackend::attention_gradients`] needs of it beside: logarithms of sums
-    /// `[batch * heads * length]`. `None` where a back end has nothing better than its own rules of differentiation.
-    fn attention_and_sums(_operands: &Attention<Self>) -> Option<(Tensor<Self, 3>, Tensor<Self, 1>)> {
-        None
-    }
-
-    /// Gradients of queries, keys and values from `upstream [batch, length, dim]`; `None` as above.
-    fn attention_gradients(
-        _operands: &Attention<Self>,
-        _result: &(Tensor<Self, 3>, Tensor<Self, 1>),
-        _upstream: Tensor<Self, 3>,
-    ) -> Option<[Tensor<Self, 3>; 3]> {
-        None
-    }
-}
-
 /// `softmax(q k' / sqrt(dim / heads)) v` per head; 0 at padding. `dropout` is the share of weights, in `[0, 1)`,
 /// that are set to 0 (the others scaled up by `1 / (1 - share)`) and a seed; which ones depends on the seed and the
 /// place alone.
 ///
 /// # Panics
 /// When the shapes do not fit (our bug).
-pub fn attention<B: AttentionBackend>(
+pub fn attention<B: FusedBackend>(
     q: Tensor<B, 3>,
     k: Tensor<B, 3>,
     v: Tensor<B, 3>,
@@ -91,145 +37,112 @@ pub fn attention<B: AttentionBackend>(
     mask: AttentionMask<'_>,
     dropout: Option<(f32, u64)>,
 ) -> Tensor<B, 3> {
-    let setting = Setting { heads, lengths: mask.lengths.into(), causal: mask.causal, dropout, slopes: Arc::new([]) };
-    attend(Attention { q, k, v, setting })
+    attention_by_distance(q, k, v, heads, mask, dropout, &[])
 }
 
-/// As [`attention`], with all that can be set.
+/// As [`attention`]; each position of distance takes `slopes[head]` off a score (ALiBi, Press et al. 2022, arXiv
+/// 2108.12409). `slopes` is `[heads]`, or empty for none.
 ///
 /// # Panics
 /// When the shapes do not fit (our bug).
-pub fn attend<B: AttentionBackend>(operands: Attention<B>) -> Tensor<B, 3> {
-    let Attention { q, k, v, setting } = &operands;
+pub fn attention_by_distance<B: FusedBackend>(
+    q: Tensor<B, 3>,
+    k: Tensor<B, 3>,
+    v: Tensor<B, 3>,
+    heads: usize,
+    mask: AttentionMask<'_>,
+    dropout: Option<(f32, u64)>,
+    slopes: &[f32],
+) -> Tensor<B, 3> {
     let [batch, length, dim] = q.dims();
-    let (heads, lengths) = (setting.heads, &setting.lengths);
     assert!(k.dims() == q.dims() && v.dims() == q.dims(), "queries, keys and values of different shapes");
-    assert!(batch == lengths.len(), "{batch} sequences and {} lengths", lengths.len());
+    assert!(batch == mask.lengths.len(), "{batch} sequences and {} lengths", mask.lengths.len());
     assert!(dim.is_multiple_of(heads), "{heads} heads of {dim} numbers");
-    assert!(lengths.iter().all(|&n| n as usize <= length), "a sequence longer than {length}");
-    assert!(setting.slopes.is_empty() || setting.slopes.len() == heads, "not one slope for each head");
-    B::masked_attention(operands)
-}
-
-fn unfused<B: Backend>(operands: Attention<B>) -> Tensor<B, 3> {
-    let Attention { q, k, v, setting } = operands;
-    let Setting { heads, lengths, causal, dropout, slopes } = setting;
-    let [batch, length, dim] = q.dims();
-    let device = q.device();
-    let size = dim / heads;
-    let split = |t: Tensor<B, 3>| t.reshape([batch, length, heads, size]).swap_dims(1, 2);
-    let real = |n: u32| (n as usize).max(1);
-    let hidden: Vec<bool> = lengths
-        .iter()
-        .flat_map(|&n| (0..length).flat_map(move |i| (0..length).map(move |j| j >= real(n) || (causal && j > i))))
-        .collect();
-    let hidden = Tensor::<B, 4, Bool>::from_data(TensorData::new(hidden, [batch, 1, length, length]), &device);
-    let mut scores = split(q).matmul(split(k).swap_dims(2, 3)) / (size as f32).sqrt();
-    if !slopes.is_empty() {
-        let by = |slope: f32| (0..length * length).map(move |at| slope * (at / length).abs_diff(at % length) as f32);
-        let fall: Vec<f32> = slopes.iter().flat_map(|&slope| by(slope)).collect();
-        scores = scores - Tensor::<B, 4>::from_data(TensorData::new(fall, [1, heads, length, length]), &device);
-    }
-    let mut weights = softmax(scores.mask_fill(hidden.expand([batch, heads, length, length]), -1e9), 3);
-    if let Some(choice) = dropout.and_then(|(share, seed)| Choice::new(share, seed)) {
-        let mut factors = vec![0f32; batch * heads * length * length];
-        factors.chunks_exact_mut(length).enumerate().for_each(|(row, out)| choice.factors(row as u64, out));
-        weights = weights * Tensor::from_data(TensorData::new(factors, [batch, heads, length, length]), &device);
-    }
-    let there: Vec<f32> =
-        lengths.iter().flat_map(|&n| (0..length).map(move |i| if i < real(n) { 1.0 } else { 0.0 })).collect();
-    let there = Tensor::<B, 3>::from_data(TensorData::new(there, [batch, length, 1]), &device);
-    weights.matmul(split(v)).swap_dims(1, 2).reshape([batch, length, dim]) * there
-}
-
-#[cfg(feature = "cuda")]
-impl AttentionBackend for burn::backend::Cuda {}
-
-impl AttentionBackend for Flex {
-    fn masked_attention(operands: Attention<Self>) -> Tensor<Self, 3> {
-        on_host(&operands, |plan, slices| tensor(sequence_attention::forward(plan, slices).0, operands.q.dims()))
-    }
-
-    fn attention_and_sums(operands: &Attention<Self>) -> Option<(Tensor<Self, 3>, Tensor<Self, 1>)> {
-        let (out, sums) = on_host(operands, sequence_attention::forward);
-        let n = sums.len();
-        Some((tensor(out, operands.q.dims()), tensor(sums, [n])))
-    }
-
-    fn attention_gradients(
-        operands: &Attention<Self>,
-        (out, sums): &(Tensor<Self, 3>, Tensor<Self, 1>),
-        upstream: Tensor<Self, 3>,
-    ) -> Option<[Tensor<Self, 3>; 3]> {
-        let shape = out.dims();
-        let contiguous = |t: TensorPrimitive<Flex>| t.tensor().to_contiguous();
-        let out = contiguous(out.clone().into_primitive());
-        let sums = contiguous(sums.clone().into_primitive());
-        let upstream = contiguous(upstream.into_primitive());
-        let all = on_host(operands, |plan, slices| {
-            sequence_attention::backward(plan, slices, out.storage(), sums.storage(), upstream.storage())
-        });
-        Some(all.map(|x| tensor(x, shape)))
-    }
-}
-
-/// Calls `run` with the tensors' own memory.
-fn on_host<T>(operands: &Attention<Flex>, run: impl FnOnce(Plan<'_>, [&[f32]; 3]) -> T) -> T {
-    let [_, length, dim] = operands.q.dims();
-    let Setting { heads, lengths, causal, dropout, slopes } = &operands.setting;
+    assert!(mask.lengths.iter().all(|&n| n as usize <= length), "a sequence longer than {length}");
     let dropout = dropout.and_then(|(share, seed)| Choice::new(share, seed));
-    let contiguous = |t: &Tensor<Flex, 3>| t.clone().into_primitive().tensor().to_contiguous();
-    let [q, k, v] = [&operands.q, &operands.k, &operands.v].map(contiguous);
-    let plan = Plan { length, dim, heads: *heads, lengths, causal: *causal, dropout, slopes };
-    run(plan, [q.storage(), k.storage(), v.storage()])
+    assert!(slopes.is_empty() || slopes.len() == heads, "{} slopes and {heads} heads", slopes.len());
+    let (lengths, slopes) = (mask.lengths.into(), slopes.into());
+    let operation = Attention { length, dim, heads, lengths, causal: mask.causal, dropout, slopes };
+    lift(B::fused(operation, [q, k, v].map(lower)))
 }
 
-fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<Flex, D> {
-    Tensor::from_data(TensorData::new(values, shape), &Default::default())
+/// The operation on queries, keys and values.
+#[derive(Clone, Debug)]
+struct Attention {
+    length: usize,
+    dim: usize,
+    heads: usize,
+    lengths: Arc<[u32]>,
+    causal: bool,
+    dropout: Option<Choice>,
+    slopes: Arc<[f32]>,
 }
 
-/// The gradient rule.
-#[derive(Debug)]
-struct Rule;
+impl Attention {
+    fn plan(&self) -> Plan<'_> {
+        let Attention { length, dim, heads, causal, dropout, .. } = *self;
+        Plan { length, dim, heads, lengths: &self.lengths, causal, dropout, slopes: &self.slopes }
+    }
 
-impl<B: AttentionBackend> Backward<B, 3> for Rule {
-    type State = (Attention<B>, (Tensor<B, 3>, Tensor<B, 1>));
-
-    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let upstream = Tensor::from_primitive(TensorPrimitive::Float(grads.consume::<B>(&ops.node)));
-        let (operands, result) = ops.state;
-        let flow = B::attention_gradients(&operands, &result, upstream)
-            .expect("the back end that gave the sums gives the gradients");
-        for (parent, grad) in ops.parents.into_iter().zip(flow) {
-            if let Some(parent) = parent {
-                grads.register::<B>(parent.id, grad.into_primitive().tensor());
-            }
+    fn in_burn<B: Backend>(&self, [q, k, v]: [Tensor<B, 3>; 3]) -> Tensor<B, 3> {
+        let Attention { length, dim, heads, causal, .. } = *self;
+        let (batch, size, device) = (self.lengths.len(), dim / heads, q.device());
+        let split = |t: Tensor<B, 3>| t.reshape([batch, length, heads, size]).swap_dims(1, 2);
+        let real = |n: u32| (n as usize).max(1);
+        let lengths = self.lengths.iter();
+        let hidden: Vec<bool> = lengths
+            .clone()
+            .flat_map(|&n| (0..length).flat_map(move |i| (0..length).map(move |j| j >= real(n) || (causal && j > i))))
+            .collect();
+        let hidden = Tensor::<B, 4, Bool>::from_data(TensorData::new(hidden, [batch, 1, length, length]), &device);
+        let mut scores = split(q).matmul(split(k).swap_dims(2, 3)) / (size as f32).sqrt();
+        if !self.slopes.is_empty() {
+            let by = |s: f32| (0..length * length).map(move |at| s * (at / length).abs_diff(at % length) as f32);
+            let fall: Vec<f32> = self.slopes.iter().flat_map(|&slope| by(slope)).collect();
+            scores = scores - Tensor::<B, 4>::from_data(TensorData::new(fall, [1, heads, length, length]), &device);
         }
+        let mut weights = softmax(scores.mask_fill(hidden.expand([batch, heads, length, length]), -1e9), 3);
+        if let Some(choice) = self.dropout {
+            let mut factors = vec![0f32; batch * heads * length * length];
+            factors.chunks_exact_mut(length).enumerate().for_each(|(row, out)| choice.factors(row as u64, out));
+            weights = weights * Tensor::from_data(TensorData::new(factors, [batch, heads, length, length]), &device);
+        }
+        let there: Vec<f32> =
+            lengths.flat_map(|&n| (0..length).map(move |i| if i < real(n) { 1.0 } else { 0.0 })).collect();
+        let there = Tensor::<B, 3>::from_data(TensorData::new(there, [batch, length, 1]), &device);
+        weights.matmul(split(v)).swap_dims(1, 2).reshape([batch, length, dim]) * there
     }
 }
 
-impl<B: AttentionBackend, C: CheckpointStrategy> AttentionBackend for Autodiff<B, C> {
-    fn masked_attention(operands: Attention<Self>) -> Tensor<Self, 3> {
-        let Attention { q, k, v, setting } = operands.clone();
-        let inner = Attention { q: q.clone().inner(), k: k.clone().inner(), v: v.clone().inner(), setting };
-        let nodes = [q, k, v].map(|t| t.into_primitive().tensor().node);
-        let output = match Backward::<B, 3>::prepare::<C>(Rule, nodes).compute_bound().stateful() {
-            OpsKind::UnTracked(prepared) => prepared.finish(B::masked_attention(inner).into_primitive().tensor()),
-            OpsKind::Tracked(prepared) => match B::attention_and_sums(&inner) {
-                None => return unfused(operands),
-                Some(result) => {
-                    let output = result.0.clone().into_primitive().tensor();
-                    prepared.finish((inner, result), output)
-                }
-            },
-        };
-        Tensor::from_primitive(TensorPrimitive::Float(output))
+impl Operation<3> for Attention {
+    /// Logarithms of the sums of exponentials.
+    type Saved = Vec<f32>;
+
+    fn plain<B: Backend>(&self, operands: [FloatTensor<B>; 3]) -> FloatTensor<B> {
+        lower(self.in_burn::<B>(operands.map(lift)))
+    }
+
+    fn shape(&self, _operands: [Shape; 3]) -> Shape {
+        Shape::new([self.lengths.len(), self.length, self.dim])
+    }
+
+    fn forward(&self, operands: [&[f32]; 3]) -> Vec<f32> {
+        forward(self.plan(), operands).0
+    }
+
+    fn forward_saved(&self, operands: [&[f32]; 3]) -> (Vec<f32>, Vec<f32>) {
+        forward(self.plan(), operands)
+    }
+
+    fn backward(&self, pass: Pass<'_, Vec<f32>, 3>) -> [Vec<f32>; 3] {
+        backward(self.plan(), pass.operands, pass.result, &pass.saved, pass.upstream)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use burn::backend::{Autodiff, Flex};
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
@@ -251,11 +164,16 @@ mod tests {
         };
         let [q, k, v] = [draw(), draw(), draw()].map(Tensor::require_grad);
         let upstream = draw() / size;
-        // Two heads of a kind that falls with the distance; other numbers of heads without.
-        let slopes: Arc<[f32]> = if heads == 2 { [0.3, 0.02].into() } else { [].into() };
-        let setting = Setting { heads, lengths: lengths.into(), causal, dropout, slopes };
-        let operands = Attention { q: q.clone(), k: k.clone(), v: v.clone(), setting };
-        let out = if fused { attend(operands) } else { unfused(operands) };
+        let choice = dropout.and_then(|(share, seed)| Choice::new(share, seed));
+        // Scores of two heads fall with the distance, those of other numbers of heads do not.
+        let slopes: &[f32] = if heads == 2 { &[0.3, 0.02] } else { &[] };
+        let mask = AttentionMask { lengths, causal };
+        let (lengths, falling) = (lengths.into(), slopes.into());
+        let plain = Attention { length, dim, heads, lengths, causal, dropout: choice, slopes: falling };
+        let out = match fused {
+            true => attention_by_distance(q.clone(), k.clone(), v.clone(), heads, mask, dropout, slopes),
+            false => plain.in_burn([q.clone(), k.clone(), v.clone()]),
+        };
         let grads = (out.clone() * upstream).sum().backward();
         let mut all = vec![out.into_data().to_vec().unwrap()];
         all.extend([q, k, v].map(|x| x.grad(&grads).unwrap().into_data().to_vec().unwrap()));

@@ -9,62 +9,13 @@
 
 use std::sync::Arc;
 
-use burn::backend::autodiff::NodeId;
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::{Autodiff, Flex};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::backend::Backend;
-use burn::tensor::{Int, Tensor, TensorData, TensorPrimitive};
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{Int, Shape, Tensor, TensorData};
 
-use super::linear_softmax::{self, Excluded, LEFT_OUT, Layer};
-
-/// The operands; cheap to clone.
-#[derive(Clone, Debug)]
-pub struct LinearSoftmax<B: Backend> {
-    /// `[n, dim]`.
-    pub states: Tensor<B, 2>,
-    /// `[classes, dim]`.
-    pub table: Tensor<B, 2>,
-    /// `[classes]`.
-    pub bias: Option<Tensor<B, 1>>,
-    /// `[n]`, each below `classes`.
-    pub targets: Arc<[u32]>,
-    /// Classes that are left out of a state's softmax, unless they are its target.
-    pub excluded: Option<Arc<Excluded>>,
-}
-
-/// Losses and gradients of their weighted sum.
-#[derive(Clone, Debug)]
-pub struct LossAndGradients<B: Backend> {
-    /// `[n]`.
-    pub loss: Tensor<B, 1>,
-    /// `[n, dim]`.
-    pub states: Tensor<B, 2>,
-    /// `[classes, dim]`.
-    pub table: Tensor<B, 2>,
-    /// `[classes]`.
-    pub bias: Option<Tensor<B, 1>>,
-}
-
-/// A back end that has the operation.
-pub trait CrossEntropyBackend: Backend {
-    /// See [`linear_cross_entropy`].
-    fn cross_entropy(layer: LinearSoftmax<Self>) -> Tensor<Self, 1> {
-        unfused(layer)
-    }
-
-    /// Losses, and the gradients of their sum with `weights [n]` (1 without); `None` where a back end has
-    /// nothing better than its own rules of differentiation.
-    fn cross_entropy_gradients(
-        _layer: &LinearSoftmax<Self>,
-        _weights: Option<&Tensor<Self, 1>>,
-    ) -> Option<LossAndGradients<Self>> {
-        None
-    }
-}
+use super::fused::{FusedBackend, Operation, Pass, lift, lower};
+use super::linear_softmax::{Excluded, Gradients, LEFT_OUT, Layer, losses, losses_and_gradients};
 
 /// `-ln softmax(states table' + bias)[target]` of each state.
 ///
@@ -73,7 +24,7 @@ pub trait CrossEntropyBackend: Backend {
 ///
 /// # Panics
 /// When the shapes do not fit or a target is no class (our bug).
-pub fn linear_cross_entropy<B: CrossEntropyBackend>(
+pub fn linear_cross_entropy<B: FusedBackend>(
     states: Tensor<B, 2>,
     table: Tensor<B, 2>,
     bias: Option<Tensor<B, 1>>,
@@ -86,190 +37,195 @@ pub fn linear_cross_entropy<B: CrossEntropyBackend>(
 ///
 /// # Panics
 /// When the shapes do not fit, or a target or class is none (our bug).
-pub fn linear_cross_entropy_excluding<B: CrossEntropyBackend>(
+pub fn linear_cross_entropy_excluding<B: FusedBackend>(
     states: Tensor<B, 2>,
     table: Tensor<B, 2>,
     bias: Option<Tensor<B, 1>>,
     targets: &[u32],
     excluded: Option<Excluded>,
 ) -> Tensor<B, 1> {
-    let ([n, dim], [classes, width]) = (states.dims(), table.dims());
-    assert!(n == targets.len() && dim == width && dim > 0, "{n} states of {dim} and {} targets", targets.len());
-    assert!(bias.as_ref().is_none_or(|b| b.dims()[0] == classes), "a bias that is not [{classes}]");
-    assert!(targets.iter().all(|&t| (t as usize) < classes), "a target that is none of the {classes} classes");
     if let Some(excluded) = &excluded {
+        let ([n, _], [classes, _]) = (states.dims(), table.dims());
         assert!(excluded.ranges.len() == n, "{n} states and {} lists of classes", excluded.ranges.len());
         assert!(excluded.classes.iter().all(|&c| (c as usize) < classes), "a class that is none of the {classes}");
     }
-    B::cross_entropy(LinearSoftmax { states, table, bias, targets: targets.into(), excluded: excluded.map(Arc::new) })
+    let excluded = excluded.map(Arc::new);
+    run(states, table, bias, LinearSoftmax { targets: targets.into(), weights: None, excluded, dim: 0 })
 }
 
-fn unfused<B: Backend>(layer: LinearSoftmax<B>) -> Tensor<B, 1> {
-    let LinearSoftmax { states, table, bias, targets, excluded } = layer;
-    let n = targets.len();
-    let index: Vec<i32> = targets.iter().map(|&t| t as i32).collect();
-    let index = Tensor::<B, 1, Int>::from_data(TensorData::new(index, [n]), &states.device()).reshape([n, 1]);
-    let mut logits = states.matmul(table.transpose());
-    if let Some(bias) = bias {
-        let classes = bias.dims()[0];
-        logits = logits + bias.reshape([1, classes]);
-    }
-    if let Some(excluded) = excluded {
-        let [_, classes] = logits.dims();
-        let mut out = vec![0f32; n * classes];
-        for (row, out) in out.chunks_exact_mut(classes.max(1)).enumerate() {
-            excluded.of(row).iter().for_each(|&class| out[class as usize] = LEFT_OUT);
-            out[targets[row] as usize] = 0.0;
-        }
-        let device = logits.device();
-        logits = logits + Tensor::from_data(TensorData::new(out, [n, classes]), &device);
-    }
-    log_softmax(logits, 1).gather(1, index).reshape([n]).neg()
+/// The same times `weights [n]`, which are constants: `[n]`. On the CPU one pass is enough however the weights differ.
+///
+/// # Panics
+/// When the shapes do not fit or a target is no class (our bug).
+pub fn weighted_cross_entropy<B: FusedBackend>(
+    states: Tensor<B, 2>,
+    table: Tensor<B, 2>,
+    bias: Option<Tensor<B, 1>>,
+    targets: &[u32],
+    weights: &[f32],
+) -> Tensor<B, 1> {
+    assert_eq!(weights.len(), targets.len(), "one weight per state is wanted");
+    run(
+        states,
+        table,
+        bias,
+        LinearSoftmax { targets: targets.into(), weights: Some(weights.into()), excluded: None, dim: 0 },
+    )
 }
 
-#[cfg(feature = "cuda")]
-impl CrossEntropyBackend for burn::backend::Cuda {}
-
-impl CrossEntropyBackend for Flex {
-    fn cross_entropy(layer: LinearSoftmax<Self>) -> Tensor<Self, 1> {
-        let losses = on_host(&layer, linear_softmax::losses);
-        tensor(losses, [layer.targets.len()])
-    }
-
-    fn cross_entropy_gradients(
-        layer: &LinearSoftmax<Self>,
-        weights: Option<&Tensor<Self, 1>>,
-    ) -> Option<LossAndGradients<Self>> {
-        let weights = weights.map(|w| w.clone().into_primitive().tensor().to_contiguous());
-        let weights = weights.as_ref().map(|w| w.storage::<f32>());
-        let (losses, grads) = on_host(layer, |layer| linear_softmax::losses_and_gradients(layer, weights));
-        Some(LossAndGradients {
-            loss: tensor(losses, [layer.targets.len()]),
-            states: tensor(grads.states, layer.states.dims()),
-            table: tensor(grads.table, layer.table.dims()),
-            bias: layer.bias.as_ref().map(|b| tensor(grads.bias, b.dims())),
-        })
-    }
-}
-
-/// Calls `run` with the tensors' own memory.
-fn on_host<T>(layer: &LinearSoftmax<Flex>, run: impl FnOnce(Layer<'_>) -> T) -> T {
-    let contiguous = |t: TensorPrimitive<Flex>| t.tensor().to_contiguous(); // copies only what is not yet
-    let dim = layer.states.dims()[1];
-    let states = contiguous(layer.states.clone().into_primitive());
-    let table = contiguous(layer.table.clone().into_primitive());
-    let bias = layer.bias.clone().map(|b| contiguous(b.into_primitive()));
-    run(Layer {
-        states: states.storage(),
-        table: table.storage(),
-        bias: bias.as_ref().map(|b| b.storage()),
-        targets: &layer.targets,
-        excluded: layer.excluded.as_deref(),
-        dim,
+fn run<B: FusedBackend>(
+    states: Tensor<B, 2>,
+    table: Tensor<B, 2>,
+    bias: Option<Tensor<B, 1>>,
+    operation: LinearSoftmax,
+) -> Tensor<B, 1> {
+    let ([n, dim], [classes, width]) = (states.dims(), table.dims());
+    let targets = &operation.targets;
+    assert!(n == targets.len() && dim == width && dim > 0, "{n} states of {dim} and {} targets", targets.len());
+    assert!(bias.as_ref().is_none_or(|b| b.dims()[0] == classes), "a bias that is not [{classes}]");
+    assert!(targets.iter().all(|&t| (t as usize) < classes), "a target that is none of the {classes} classes");
+    let operation = LinearSoftmax { dim, ..operation };
+    lift(match bias {
+        None => B::fused(operation, [lower(states), lower(table)]),
+        Some(bias) => B::fused(operation, [lower(states), lower(table), lower(bias)]),
     })
 }
 
-fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<Flex, D> {
-    Tensor::from_data(TensorData::new(values, shape), &Default::default())
+/// The operation on states and table, or states, table and bias.
+#[derive(Clone, Debug)]
+struct LinearSoftmax {
+    targets: Arc<[u32]>,
+    /// Factors of the losses; 1 without.
+    weights: Option<Arc<[f32]>>,
+    /// Classes that are left out of a state's softmax, unless they are its target.
+    excluded: Option<Arc<Excluded>>,
+    dim: usize,
 }
 
-/// The gradient rule with the operands (for a second pass) and the gradients for an upstream gradient of 1.
-#[derive(Debug)]
-struct Rule;
-
-type Saved<B> = (LinearSoftmax<B>, LossAndGradients<B>);
-
-/// Gradients of states, table and bias for the upstream gradient `[n]`.
-fn scaled<B: CrossEntropyBackend>((layer, unit): Saved<B>, upstream: Tensor<B, 1>) -> LossAndGradients<B> {
-    let weights: Vec<f32> = upstream.to_data().iter::<f32>().collect();
-    let first = weights.first().copied().unwrap_or(0.0);
-    if weights.iter().all(|w| *w == first) {
-        let LossAndGradients { loss, states, table, bias } = unit;
-        return LossAndGradients { loss, states: states * first, table: table * first, bias: bias.map(|b| b * first) };
-    }
-    B::cross_entropy_gradients(&layer, Some(&upstream)).expect("the back end that gave gradients gives them again")
-}
-
-fn register<B: Backend, const D: usize>(grads: &mut Gradients, node: Option<NodeId>, grad: Tensor<B, D>) {
-    if let Some(node) = node {
-        grads.register::<B>(node, grad.into_primitive().tensor());
-    }
-}
-
-impl<B: CrossEntropyBackend> Backward<B, 2> for Rule {
-    type State = Saved<B>;
-
-    fn backward(self, ops: Ops<Saved<B>, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let upstream = Tensor::from_primitive(TensorPrimitive::Float(grads.consume::<B>(&ops.node)));
-        let flow = scaled(ops.state, upstream);
-        let [states, table] = ops.parents.map(|p| p.map(|p| p.id));
-        register(grads, states, flow.states);
-        register(grads, table, flow.table);
-    }
-}
-
-impl<B: CrossEntropyBackend> Backward<B, 3> for Rule {
-    type State = Saved<B>;
-
-    fn backward(self, ops: Ops<Saved<B>, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let upstream = Tensor::from_primitive(TensorPrimitive::Float(grads.consume::<B>(&ops.node)));
-        let flow = scaled(ops.state, upstream);
-        let [states, table, bias] = ops.parents.map(|p| p.map(|p| p.id));
-        register(grads, states, flow.states);
-        register(grads, table, flow.table);
-        if let Some(d_bias) = flow.bias {
-            register(grads, bias, d_bias);
+impl LinearSoftmax {
+    fn in_burn<B: Backend>(
+        &self,
+        states: Tensor<B, 2>,
+        table: Tensor<B, 2>,
+        bias: Option<Tensor<B, 1>>,
+    ) -> Tensor<B, 1> {
+        let n = self.targets.len();
+        let index: Vec<i32> = self.targets.iter().map(|&t| t as i32).collect();
+        let index = Tensor::<B, 1, Int>::from_data(TensorData::new(index, [n]), &states.device()).reshape([n, 1]);
+        let mut logits = states.matmul(table.transpose());
+        if let Some(bias) = bias {
+            let classes = bias.dims()[0];
+            logits = logits + bias.reshape([1, classes]);
+        }
+        if let Some(excluded) = &self.excluded {
+            let [_, classes] = logits.dims();
+            let mut out = vec![0f32; n * classes];
+            for (row, out) in out.chunks_exact_mut(classes.max(1)).enumerate() {
+                excluded.of(row).iter().for_each(|&class| out[class as usize] = LEFT_OUT);
+                out[self.targets[row] as usize] = 0.0;
+            }
+            let device = logits.device();
+            logits = logits + Tensor::from_data(TensorData::new(out, [n, classes]), &device);
+        }
+        let losses = log_softmax(logits, 1).gather(1, index).reshape([n]).neg();
+        match &self.weights {
+            None => losses,
+            Some(weights) => {
+                let weights = Tensor::<B, 1>::from_data(TensorData::new(weights.to_vec(), [n]), &losses.device());
+                losses * weights
+            }
         }
     }
+
+    fn layer<'a>(&'a self, states: &'a [f32], table: &'a [f32], bias: Option<&'a [f32]>) -> Layer<'a> {
+        Layer { states, table, bias, targets: &self.targets, excluded: self.excluded.as_deref(), dim: self.dim }
+    }
+
+    fn weighted(&self, mut losses: Vec<f32>) -> Vec<f32> {
+        if let Some(weights) = &self.weights {
+            losses.iter_mut().zip(weights.iter()).for_each(|(loss, weight)| *loss *= weight);
+        }
+        losses
+    }
 }
 
-impl<B: CrossEntropyBackend, C: CheckpointStrategy> CrossEntropyBackend for Autodiff<B, C> {
-    fn cross_entropy(layer: LinearSoftmax<Self>) -> Tensor<Self, 1> {
-        let (states, table) =
-            (layer.states.clone().into_primitive().tensor(), layer.table.clone().into_primitive().tensor());
-        let bias = layer.bias.clone().map(|b| b.into_primitive().tensor());
-        let inner = LinearSoftmax {
-            states: layer.states.clone().inner(),
-            table: layer.table.clone().inner(),
-            bias: layer.bias.clone().map(Tensor::inner),
-            targets: layer.targets.clone(),
-            excluded: layer.excluded.clone(),
+/// Gradients for the upstream gradient `[n]` of losses that were weighted, given those for 1.
+fn scaled(layer: Layer<'_>, weights: Option<&[f32]>, unit: Gradients, upstream: &[f32]) -> Gradients {
+    let first = upstream.first().copied().unwrap_or(0.0);
+    if upstream.iter().any(|w| *w != first) {
+        return match weights {
+            None => losses_and_gradients(layer, Some(upstream)).1,
+            Some(weights) => {
+                let both: Vec<f32> = weights.iter().zip(upstream).map(|(w, u)| w * u).collect();
+                losses_and_gradients(layer, Some(&both)).1
+            }
         };
-        let nodes = [states.node, table.node];
-        match bias {
-            None => finish(Backward::<B, 2>::prepare::<C>(Rule, nodes), layer, inner),
-            Some(bias) => {
-                let [a, b] = nodes;
-                finish(Backward::<B, 3>::prepare::<C>(Rule, [a, b, bias.node]), layer, inner)
-            }
-        }
+    }
+    let mut all = unit;
+    for grad in [&mut all.states, &mut all.table, &mut all.bias] {
+        grad.iter_mut().for_each(|x| *x *= first);
+    }
+    all
+}
+
+impl Operation<2> for LinearSoftmax {
+    type Saved = Gradients;
+
+    fn plain<B: Backend>(&self, [states, table]: [FloatTensor<B>; 2]) -> FloatTensor<B> {
+        lower(self.in_burn::<B>(lift(states), lift(table), None))
+    }
+
+    fn shape(&self, _operands: [Shape; 2]) -> Shape {
+        Shape::new([self.targets.len()])
+    }
+
+    fn forward(&self, [states, table]: [&[f32]; 2]) -> Vec<f32> {
+        self.weighted(losses(self.layer(states, table, None)))
+    }
+
+    fn forward_saved(&self, [states, table]: [&[f32]; 2]) -> (Vec<f32>, Gradients) {
+        let (losses, gradients) = losses_and_gradients(self.layer(states, table, None), self.weights.as_deref());
+        (self.weighted(losses), gradients)
+    }
+
+    fn backward(&self, pass: Pass<'_, Gradients, 2>) -> [Vec<f32>; 2] {
+        let [states, table] = pass.operands;
+        let all = scaled(self.layer(states, table, None), self.weights.as_deref(), pass.saved, pass.upstream);
+        [all.states, all.table]
     }
 }
 
-fn finish<B: CrossEntropyBackend, C: CheckpointStrategy, const N: usize>(
-    prepared: burn::backend::autodiff::ops::OpsPrep<Rule, B, Saved<B>, C, N>,
-    layer: LinearSoftmax<Autodiff<B, C>>,
-    inner: LinearSoftmax<B>,
-) -> Tensor<Autodiff<B, C>, 1>
-where
-    Rule: Backward<B, N, State = Saved<B>>,
-{
-    let output = match prepared.compute_bound().stateful() {
-        OpsKind::UnTracked(prepared) => prepared.finish(B::cross_entropy(inner).into_primitive().tensor()),
-        OpsKind::Tracked(prepared) => match B::cross_entropy_gradients(&inner, None) {
-            None => return unfused(layer),
-            Some(unit) => {
-                let loss = unit.loss.clone().into_primitive().tensor();
-                prepared.finish((inner, unit), loss)
-            }
-        },
-    };
-    Tensor::from_primitive(TensorPrimitive::Float(output))
+impl Operation<3> for LinearSoftmax {
+    type Saved = Gradients;
+
+    fn plain<B: Backend>(&self, [states, table, bias]: [FloatTensor<B>; 3]) -> FloatTensor<B> {
+        lower(self.in_burn::<B>(lift(states), lift(table), Some(lift(bias))))
+    }
+
+    fn shape(&self, _operands: [Shape; 3]) -> Shape {
+        Shape::new([self.targets.len()])
+    }
+
+    fn forward(&self, [states, table, bias]: [&[f32]; 3]) -> Vec<f32> {
+        self.weighted(losses(self.layer(states, table, Some(bias))))
+    }
+
+    fn forward_saved(&self, [states, table, bias]: [&[f32]; 3]) -> (Vec<f32>, Gradients) {
+        let (losses, gradients) = losses_and_gradients(self.layer(states, table, Some(bias)), self.weights.as_deref());
+        (self.weighted(losses), gradients)
+    }
+
+    fn backward(&self, pass: Pass<'_, Gradients, 3>) -> [Vec<f32>; 3] {
+        let [states, table, bias] = pass.operands;
+        let all = scaled(self.layer(states, table, Some(bias)), self.weights.as_deref(), pass.saved, pass.upstream);
+        [all.states, all.table, all.bias]
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use burn::backend::{Autodiff, Flex};
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
@@ -296,6 +252,10 @@ mod tests {
 
     /// Losses and gradients of states, table and bias.
     fn run(case: &Case, with_bias: bool, fused: bool) -> Vec<Vec<f32>> {
+        run_excluding(case, with_bias, fused, None)
+    }
+
+    fn run_excluding(case: &Case, with_bias: bool, fused: bool, excluded: Option<Excluded>) -> Vec<Vec<f32>> {
         let [n, classes, dim] = case.shape;
         fn leaf<const D: usize>(values: &[f32], shape: [usize; D]) -> Tensor<Ad, D> {
             Tensor::from_data(TensorData::new(values.to_vec(), shape), &Default::default()).require_grad()
@@ -303,14 +263,14 @@ mod tests {
         let (states, table) = (leaf(&case.states, [n, dim]), leaf(&case.table, [classes, dim]));
         let bias = with_bias.then(|| leaf(&case.bias, [classes]));
         let loss = match fused {
-            true => linear_cross_entropy(states.clone(), table.clone(), bias.clone(), &case.targets),
-            false => unfused(LinearSoftmax {
-                states: states.clone(),
-                table: table.clone(),
-                bias: bias.clone(),
-                targets: case.targets.as_slice().into(),
-                excluded: None,
-            }),
+            true => {
+                linear_cross_entropy_excluding(states.clone(), table.clone(), bias.clone(), &case.targets, excluded)
+            }
+            false => {
+                let (targets, excluded) = (case.targets.as_slice().into(), excluded.map(Arc::new));
+                let operation = LinearSoftmax { targets, weights: None, excluded, dim };
+                operation.in_burn(states.clone(), table.clone(), bias.clone())
+            }
         };
         let upstream = Tensor::from_data(TensorData::new(case.upstream.clone(), [n]), &Default::default());
         let grads = (loss.clone() * upstream).sum().backward();
@@ -339,6 +299,54 @@ mod tests {
                 let case = case(shape, 1.0, uniform);
                 close(&run(&case, with_bias, true), &run(&case, with_bias, false));
             }
+        }
+    }
+
+    #[test]
+    fn classes_that_are_left_out_get_no_probability_unless_they_are_the_target() {
+        let case = case([130, 40, 9], 1.0, false);
+        // Rows share lists of 0 to 6 classes; some of them are the row's target.
+        let classes: Vec<u32> = (0..40).map(|n| n * 7 % 40).collect();
+        let ranges = (0..130u32).map(|row| (row % 30, row % 30 + row % 7)).collect();
+        let excluded = Excluded { classes, ranges };
+        assert!((0..130).any(|row| excluded.of(row).contains(&case.targets[row])));
+        let fused = run_excluding(&case, true, true, Some(excluded.clone()));
+        close(&fused, &run_excluding(&case, true, false, Some(excluded)));
+        let all = run(&case, true, true);
+        assert!(fused[0].iter().zip(&all[0]).all(|(some, all)| some <= all));
+        assert!(fused[0].iter().zip(&all[0]).any(|(some, all)| *some < 0.99 * all));
+    }
+
+    #[test]
+    fn weights_scale_each_loss_and_its_gradients() {
+        for (with_bias, uniform) in [(false, true), (true, false)] {
+            let case = case([130, 40, 9], 1.0, uniform);
+            let [n, classes, dim] = case.shape;
+            let weights: Vec<f32> = (0..n).map(|k| (k % 5) as f32).collect();
+            let run = |weighted: bool| {
+                let states =
+                    Tensor::<Ad, 2>::from_data(TensorData::new(case.states.clone(), [n, dim]), &Default::default());
+                let table = Tensor::<Ad, 2>::from_data(
+                    TensorData::new(case.table.clone(), [classes, dim]),
+                    &Default::default(),
+                );
+                let (states, table) = (states.require_grad(), table.require_grad());
+                let bias = with_bias
+                    .then(|| Tensor::from_data(TensorData::new(case.bias.clone(), [classes]), &Default::default()));
+                let factor =
+                    |x: &[f32]| Tensor::<Ad, 1>::from_data(TensorData::new(x.to_vec(), [n]), &Default::default());
+                let loss = match weighted {
+                    true => weighted_cross_entropy(states.clone(), table.clone(), bias, &case.targets, &weights),
+                    false => {
+                        linear_cross_entropy(states.clone(), table.clone(), bias, &case.targets) * factor(&weights)
+                    }
+                };
+                let grads = (loss.clone() * factor(&case.upstream)).sum().backward();
+                let host = |t: Tensor<Flex, 2>| t.into_data().to_vec().unwrap();
+                let (states, table) = (host(states.grad(&grads).unwrap()), host(table.grad(&grads).unwrap()));
+                vec![loss.into_data().to_vec().unwrap(), states, table]
+            };
+            close(&run(true), &run(false));
         }
     }
 
@@ -400,8 +408,8 @@ mod tests {
         assert!(got[0].is_empty() && got[2..].iter().flatten().all(|x| *x == 0.0));
         let case = case([50, 30, 8], 1.0, true);
         let losses = linear_cross_entropy::<Flex>(
-            tensor(case.states.clone(), [50, 8]),
-            tensor(case.table.clone(), [30, 8]),
+            Tensor::from_data(TensorData::new(case.states.clone(), [50, 8]), &Default::default()),
+            Tensor::from_data(TensorData::new(case.table.clone(), [30, 8]), &Default::default()),
             None,
             &case.targets,
         );

@@ -3,15 +3,13 @@
 //!
 //! In: a tensor, the share to drop, a seed. Out: the tensor with that share of its numbers 0 and the others scaled up.
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
-use burn::backend::{Autodiff, Flex};
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{Tensor, TensorData, TensorMetadata, TensorPrimitive};
+use burn::tensor::{Shape, Tensor, TensorData, TensorMetadata, TensorPrimitive};
 use rayon::prelude::*;
+
+use super::fused::{FusedBackend, Operation, Pass, lift, lower};
+use super::widest::{Work, widest};
 
 /// Which numbers are dropped.
 #[derive(Clone, Copy, Debug)]
@@ -38,31 +36,20 @@ impl Choice {
         x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         let start = (x ^ (x >> 31)) as u32;
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx512f") {
-                // SAFETY: just checked.
-                return unsafe { columns_avx512(start, *self, out) };
-            }
-            if is_x86_feature_detected!("avx2") {
-                // SAFETY: just checked.
-                return unsafe { columns_avx2(start, *self, out) };
-            }
-        }
-        columns(start, *self, out);
+        widest(Columns(start, *self, out));
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2")]
-fn columns_avx512(start: u32, choice: Choice, out: &mut [f32]) {
-    columns(start, choice, out);
-}
+/// The row's hash, and the factors.
+struct Columns<'a>(u32, Choice, &'a mut [f32]);
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn columns_avx2(start: u32, choice: Choice, out: &mut [f32]) {
-    columns(start, choice, out);
+impl Work for Columns<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        columns(self.0, self.1, self.2);
+    }
 }
 
 #[inline(always)]
@@ -77,82 +64,72 @@ fn columns(start: u32, choice: Choice, out: &mut [f32]) {
     }
 }
 
-/// A back end that has the operation.
-pub trait DropoutBackend: Backend {
-    /// `x` times its factors; `width` is the length of a row.
-    fn dropped(x: FloatTensor<Self>, width: usize, share: f32, seed: u64) -> FloatTensor<Self> {
-        let shape = x.shape();
-        let rows = shape.num_elements() / width.max(1);
-        let x =
-            Tensor::<Self, 1>::from_primitive(TensorPrimitive::Float(Self::float_reshape(x, [rows * width].into())));
-        let mut factors = vec![1f32; rows * width];
-        if let Some(choice) = Choice::new(share, seed) {
-            factors.chunks_exact_mut(width).enumerate().for_each(|(row, out)| choice.factors(row as u64, out));
-        }
-        let factors = Tensor::from_data(TensorData::new(factors, [rows * width]), &x.device());
-        Self::float_reshape((x * factors).into_primitive().tensor(), shape)
-    }
-}
-
 /// Sets `share` (in `[0, 1)`) of the numbers of `x` to 0 and scales the others up by `1 / (1 - share)`.
 ///
 /// Which ones depends on `seed` and the place alone: give every call of a step its own seed.
-pub fn dropout<B: DropoutBackend, const D: usize>(x: Tensor<B, D>, share: f32, seed: u64) -> Tensor<B, D> {
-    if share == 0.0 {
-        return x;
-    }
+pub fn dropout<B: FusedBackend, const D: usize>(x: Tensor<B, D>, share: f32, seed: u64) -> Tensor<B, D> {
     let width = x.dims()[D - 1];
-    let x = B::dropped(x.into_primitive().tensor(), width, share, seed);
-    Tensor::from_primitive(TensorPrimitive::Float(x))
+    match Choice::new(share, seed) {
+        Some(choice) => lift(B::fused(Dropout { choice, width }, [lower(x)])),
+        None => x,
+    }
 }
 
-#[cfg(feature = "cuda")]
-impl DropoutBackend for burn::backend::Cuda {}
+/// The operation on rows of `width`.
+#[derive(Clone, Debug)]
+struct Dropout {
+    choice: Choice,
+    width: usize,
+}
 
-impl DropoutBackend for Flex {
-    fn dropped(x: FloatTensor<Self>, width: usize, share: f32, seed: u64) -> FloatTensor<Self> {
-        let Some(choice) = Choice::new(share, seed) else { return x };
-        let mut x = x.to_contiguous();
-        let rows = (1usize << 14).div_ceil(width.max(1));
-        x.storage_mut::<f32>().par_chunks_mut(rows * width.max(1)).enumerate().for_each_init(
-            || vec![0f32; width],
-            |factors, (n, chunk)| {
-                for (row, x) in chunk.chunks_exact_mut(width).enumerate() {
-                    choice.factors((n * rows + row) as u64, factors);
-                    x.iter_mut().zip(factors.iter()).for_each(|(x, f)| *x *= f);
-                }
-            },
-        );
+impl Dropout {
+    fn applied(&self, x: &[f32]) -> Vec<f32> {
+        let width = self.width.max(1);
+        let rows = (1usize << 14).div_ceil(width);
+        let mut out = vec![0f32; x.len()];
+        out.par_chunks_mut(rows * width).zip(x.par_chunks(rows * width)).enumerate().for_each(|(n, (out, x))| {
+            for (row, (out, x)) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate() {
+                self.choice.factors((n * rows + row) as u64, out);
+                out.iter_mut().zip(x).for_each(|(o, x)| *o *= x);
+            }
+        });
+        out
+    }
+}
+
+impl Operation<1> for Dropout {
+    type Saved = ();
+
+    fn plain<B: Backend>(&self, [x]: [FloatTensor<B>; 1]) -> FloatTensor<B> {
+        let shape = x.shape();
+        let n = shape.num_elements();
+        let x = Tensor::<B, 1>::from_primitive(TensorPrimitive::Float(B::float_reshape(x, [n].into())));
+        let factors = Tensor::from_data(TensorData::new(self.applied(&vec![1.0; n]), [n]), &x.device());
+        B::float_reshape(lower(x * factors), shape)
+    }
+
+    fn shape(&self, [x]: [Shape; 1]) -> Shape {
         x
     }
-}
 
-/// The gradient rule: the same factors.
-#[derive(Debug)]
-struct Rule;
-
-impl<B: DropoutBackend> Backward<B, 1> for Rule {
-    type State = (usize, f32, u64);
-
-    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let (width, share, seed) = ops.state;
-        unary::<B, _>(ops.parents, ops.node, grads, |grad| B::dropped(grad, width, share, seed));
+    fn forward(&self, [x]: [&[f32]; 1]) -> Vec<f32> {
+        self.applied(x)
     }
-}
 
-impl<B: DropoutBackend, C: CheckpointStrategy> DropoutBackend for Autodiff<B, C> {
-    fn dropped(x: FloatTensor<Self>, width: usize, share: f32, seed: u64) -> FloatTensor<Self> {
-        let output = B::dropped(x.primitive, width, share, seed);
-        match Backward::<B, 1>::prepare::<C>(Rule, [x.node]).compute_bound().stateful() {
-            OpsKind::Tracked(prepared) => prepared.finish((width, share, seed), output),
-            OpsKind::UnTracked(prepared) => prepared.finish(output),
-        }
+    fn forward_saved(&self, [x]: [&[f32]; 1]) -> (Vec<f32>, ()) {
+        (self.applied(x), ())
+    }
+
+    fn backward(&self, pass: Pass<'_, (), 1>) -> [Vec<f32>; 1] {
+        [self.applied(pass.upstream)]
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use burn::backend::{Autodiff, Flex};
 
     type Ad = Autodiff<Flex>;
 
@@ -206,10 +183,9 @@ mod tests {
             let factor = y / x;
             assert!((d - 3.0 * factor).abs() < 1e-5, "{d} is not {factor} * 3");
         }
-        let plain = <Flex as DropoutBackend>::dropped;
         let x = Tensor::<Flex, 2>::from_data(TensorData::new(values, [200, 25]), &device);
-        let fused = plain(x.clone().into_primitive().tensor(), 25, 0.3, 5);
-        assert_eq!(fused.storage::<f32>(), y);
+        let plain = Dropout { choice: Choice::new(0.3, 5).unwrap(), width: 25 }.plain::<Flex>([lower(x.clone())]);
+        assert_eq!(lift::<Flex, 2>(plain).into_data().to_vec::<f32>().unwrap(), y);
         // The factors are those of the row's number.
         let mut factors = vec![0f32; 25];
         Choice::new(0.3, 5).unwrap().factors(3, &mut factors);

@@ -4,6 +4,8 @@
 //! that has fused multiply-adds. NaN and infinity in give NaN out, so that a diverging
 //! training is seen.
 
+use super::widest::{Work, multiply_add, widest};
+
 /// Partial sums per row: two registers of AVX-512, four of AVX2.
 const LANES: usize = 32;
 
@@ -12,59 +14,35 @@ const LEAST: f32 = -87.3;
 
 /// The greatest of `row`; NaN is passed over. Minus infinity of nothing.
 pub fn greatest(row: &[f32]) -> f32 {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: just checked.
-            return unsafe { greatest_avx512(row) };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: just checked.
-            return unsafe { greatest_avx2(row) };
-        }
-    }
-    greatest_body(row)
+    widest(Greatest(row))
 }
 
 /// `x = exp(x - shift)` of every number of `row`; gives their sum. `shift` is at least the greatest of them.
 /// Relative error below 2e-7 each.
 pub fn exponentials(row: &mut [f32], shift: f32) -> f32 {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: just checked.
-            return unsafe { exponentials_avx512(row, shift) };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: just checked.
-            return unsafe { exponentials_avx2(row, shift) };
-        }
+    widest(Exponentials(row, shift))
+}
+
+struct Greatest<'a>(&'a [f32]);
+
+impl Work for Greatest<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> f32 {
+        greatest_body(self.0)
     }
-    exponentials_body::<false>(row, shift)
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
-fn greatest_avx512(row: &[f32]) -> f32 {
-    greatest_body(row)
-}
+struct Exponentials<'a>(&'a mut [f32], f32);
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn greatest_avx2(row: &[f32]) -> f32 {
-    greatest_body(row)
-}
+impl Work for Exponentials<'_> {
+    type Output = f32;
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
-fn exponentials_avx512(row: &mut [f32], shift: f32) -> f32 {
-    exponentials_body::<true>(row, shift)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn exponentials_avx2(row: &mut [f32], shift: f32) -> f32 {
-    exponentials_body::<true>(row, shift)
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> f32 {
+        exponentials_body::<FMA>(self.0, self.1)
+    }
 }
 
 #[inline(always)]
@@ -119,20 +97,19 @@ fn exponentials_body<const FMA: bool>(row: &mut [f32], shift: f32) -> f32 {
 /// `exp(x)` for `x <= 0`, without branches: `2^n * exp(r)` with `|r| <= ln 2 / 2` and the polynomial of Cephes'
 /// `expf`.
 #[inline(always)]
-fn exp<const FMA: bool>(x: f32) -> f32 {
+pub fn exp<const FMA: bool>(x: f32) -> f32 {
     // Adding 1.5 * 2^23 rounds to the nearest whole number, which then stands in the lowest bits.
     const ROUND: f32 = 12_582_912.0;
-    let multiply_add = |a: f32, b: f32, c: f32| if FMA { a.mul_add(b, c) } else { a * b + c };
     let x = if LEAST > x { LEAST } else { x }; // NaN stays NaN
-    let shifted = multiply_add(x, std::f32::consts::LOG2_E, ROUND);
+    let shifted = multiply_add::<FMA>(x, std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
     // ln 2 in two parts, so that n * ln 2 is exact to beyond f32.
-    let r = multiply_add(n, 2.121_944_4e-4, multiply_add(n, -0.693_359_4, x));
+    let r = multiply_add::<FMA>(n, 2.121_944_4e-4, multiply_add::<FMA>(n, -0.693_359_4, x));
     let mut p = 1.987_569_1e-4;
     for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = multiply_add(p, r, c);
+        p = multiply_add::<FMA>(p, r, c);
     }
-    let p = multiply_add(p * r, r, r) + 1.0;
+    let p = multiply_add::<FMA>(p * r, r, r) + 1.0;
     p * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23))
 }
 

@@ -4,10 +4,10 @@
 //! its part of the table's gradient block after block, and the groups' parts are added in their order: the
 //! result is the same to the bit for any number of threads. One thread holds the logits of one block.
 
-use gemm::Parallelism;
 use rayon::prelude::*;
 
 use super::exp::{exponentials, greatest};
+use super::gemm::multiply;
 
 /// What goes in; row-major.
 #[derive(Clone, Copy)]
@@ -47,6 +47,7 @@ impl Excluded {
 pub const LEFT_OUT: f32 = -1e9;
 
 /// What comes out beside the losses.
+#[derive(Clone, Debug)]
 pub struct Gradients {
     /// `[rows, dim]`.
     pub states: Vec<f32>,
@@ -179,45 +180,4 @@ fn group(
 
 fn add(sum: &mut [f32], x: &[f32]) {
     sum.iter_mut().zip(x).for_each(|(s, x)| *s += x);
-}
-
-/// A matrix: numbers, steps from row to row and from column to column.
-type Matrix<'a> = (&'a [f32], usize, usize);
-
-/// `out [m, n] = a [m, k] x b [k, n]`, or `+=`; `out` is row-major. On this thread alone.
-fn multiply(out: &mut [f32], [m, n, k]: [usize; 3], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
-    let last = |(x, row, column): Matrix<'_>, rows: usize, columns: usize| {
-        assert!(x.len() > (rows - 1) * row + (columns - 1) * column, "a factor is smaller than its shape");
-    };
-    if m == 0 || n == 0 || k == 0 {
-        return;
-    }
-    assert!(out.len() >= m * n, "the product is smaller than its shape");
-    last(a, m, k);
-    last(b, k, n);
-    // SAFETY: the last element of each matrix lies within its slice (just checked), and `out`, borrowed mutably,
-    // overlaps neither factor.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out.as_mut_ptr(),
-            1,
-            n as isize,
-            accumulate,
-            a.0.as_ptr(),
-            a.2 as isize,
-            a.1 as isize,
-            b.0.as_ptr(),
-            b.2 as isize,
-            b.1 as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        );
-    }
 }

@@ -7,15 +7,24 @@ mod attention;
 mod cross_entropy;
 mod dropout;
 mod exp;
+mod fused;
+mod gelu;
+mod gemm;
 mod layer_norm;
+mod linear;
 mod linear_softmax;
 mod products;
 mod sequence_attention;
+mod widest;
 
-pub use attention::{Attention, AttentionBackend, AttentionMask, Setting, attend, attention};
-pub use cross_entropy::{
-    CrossEntropyBackend, LinearSoftmax, LossAndGradients, linear_cross_entropy, linear_cross_entropy_excluding,
-};
-pub use dropout::{DropoutBackend, dropout};
-pub use layer_norm::{LayerNormBackend, layer_norm};
+#[cfg(test)]
+mod checks;
+
+pub use attention::{AttentionMask, attention, attention_by_distance};
+pub use cross_entropy::{linear_cross_entropy, linear_cross_entropy_excluding, weighted_cross_entropy};
+pub use dropout::dropout;
+pub use fused::{FusedBackend, Operation, Pass, Tape};
+pub use gelu::gelu;
+pub use layer_norm::layer_norm;
+pub use linear::linear;
 pub use linear_softmax::Excluded;

@@ -74,6 +74,12 @@ pub trait AdamBackend: Backend {
         adam_generic(state, grad, step)
     }
 
+    /// The distinct rows, ascending, and their summed gradients `[rows * dim]`; gradients of a row are added in the
+    /// order of `reads`, of which there is at least one.
+    fn sum_rows(reads: Reads<Self>) -> (Vec<u32>, Tensor<Self, 1>) {
+        sum_rows_generic(reads)
+    }
+
     /// Step over rows `rows` (distinct) of a table of `dim` columns, `grad [rows.len() * dim]`.
     fn adam_rows(state: State<Self>, dim: usize, rows: &[u32], grad: Tensor<Self, 1>, step: Step) -> State<Self> {
         let device = grad.device();
@@ -95,6 +101,26 @@ pub trait AdamBackend: Backend {
         };
         (put(a, value, new.0), put(b, m, new.1), put(c, v, new.2))
     }
+}
+
+/// Rows of a table that were read, repeats allowed, and the gradient `[rows, dim]` of what was read.
+pub type Reads<B> = Vec<(Vec<u32>, Tensor<B, 2>)>;
+
+/// As [`AdamBackend::sum_rows`], in Burn's operations.
+fn sum_rows_generic<B: Backend>(reads: Reads<B>) -> (Vec<u32>, Tensor<B, 1>) {
+    let all: Vec<u32> = reads.iter().flat_map(|r| r.0.iter().copied()).collect();
+    let grads = Tensor::cat(reads.into_iter().map(|r| r.1).collect(), 0);
+    let mut distinct = all.clone();
+    distinct.sort_unstable();
+    distinct.dedup();
+    let [n, dim] = grads.dims();
+    let (rows, device) = (distinct.len(), grads.device());
+    let place = |row: &u32| distinct.binary_search(row).expect("`distinct` holds every row") as i32;
+    let index: Vec<i32> = all.iter().map(place).collect();
+    let index = Tensor::<B, 1, Int>::from_data(TensorData::new(index, [n]), &device);
+    let sums = Tensor::<B, 2>::zeros([rows, dim], &device);
+    let sums = sums.select_assign(0, index, grads, burn::tensor::IndexingUpdateOp::Add);
+    (distinct, sums.reshape([rows * dim]))
 }
 
 fn adam_generic<B: Backend>((value, m, v): State<B>, grad: Tensor<B, 1>, s: Step) -> State<B> {
@@ -128,6 +154,16 @@ impl AdamBackend for Flex {
         tensors([value, m, v])
     }
 
+    fn sum_rows(reads: Reads<Self>) -> (Vec<u32>, Tensor<Self, 1>) {
+        let dim = reads[0].1.dims()[1];
+        let (rows, grads): (Vec<_>, Vec<_>) = reads.into_iter().unzip();
+        let grads: Vec<FlexTensor> = grads.into_iter().map(|g| g.into_primitive().tensor().to_contiguous()).collect();
+        let slices: Vec<&[f32]> = grads.iter().map(|g| g.storage::<f32>()).collect();
+        let (distinct, sums) = sum_slices(&rows, &slices, dim);
+        let n = sums.len();
+        (distinct, Tensor::from_data(TensorData::new(sums, [n]), &Default::default()))
+    }
+
     fn adam_rows(state: State<Self>, dim: usize, rows: &[u32], grad: Tensor<Self, 1>, step: Step) -> State<Self> {
         let [mut value, mut m, mut v] = flex(state);
         let grad = grad.into_primitive().tensor().to_contiguous();
@@ -140,6 +176,45 @@ impl AdamBackend for Flex {
         }
         tensors([value, m, v])
     }
+}
+
+/// [`AdamBackend::sum_rows`] of slices. Every sum is taken by one thread in a fixed order.
+fn sum_slices(rows: &[Vec<u32>], grads: &[&[f32]], dim: usize) -> (Vec<u32>, Vec<f32>) {
+    // Row, read and place in the read of every gradient, sorted: in one number, since that sorts fastest.
+    let bits = |n: usize| usize::BITS - n.leading_zeros();
+    let (of_read, of_place) = (bits(rows.len()), bits(rows.iter().map(Vec::len).max().unwrap_or(0)));
+    assert!(of_read + of_place <= 32, "a batch reads too many rows of one table");
+    let keys = rows.iter().enumerate().flat_map(|(read, rows)| {
+        rows.iter()
+            .enumerate()
+            .map(move |(place, &row)| u64::from(row) << 32 | (read as u64) << of_place | place as u64)
+    });
+    let mut keys: Vec<u64> = keys.collect();
+    if !keys.is_sorted() {
+        keys.par_sort_unstable();
+    }
+    let mut starts: Vec<usize> = (0..keys.len()).filter(|&n| n == 0 || keys[n] >> 32 != keys[n - 1] >> 32).collect();
+    let distinct: Vec<u32> = starts.iter().map(|&n| (keys[n] >> 32) as u32).collect();
+    starts.push(keys.len());
+    let gradient = |key: u64| {
+        let place = (key & ((1 << of_place) - 1)) as usize;
+        &grads[(key as u32 >> of_place) as usize][place * dim..][..dim]
+    };
+    let mut sums = vec![0f32; distinct.len() * dim];
+    let block = SEQUENTIAL.div_ceil(dim.max(1));
+    sums.par_chunks_mut((block * dim).max(1)).zip(starts[..distinct.len()].par_chunks(block)).enumerate().for_each(
+        |(n, (sums, _))| {
+            let starts = &starts[n * block..];
+            for (sum, range) in sums.chunks_exact_mut(dim).zip(starts.windows(2)) {
+                let keys = &keys[range[0]..range[1]];
+                sum.copy_from_slice(gradient(keys[0]));
+                for &key in &keys[1..] {
+                    sum.iter_mut().zip(gradient(key)).for_each(|(s, g)| *s += g);
+                }
+            }
+        },
+    );
+    (distinct, sums)
 }
 
 fn flex((value, m, v): State<Flex>) -> [FlexTensor; 3] {
@@ -220,6 +295,29 @@ mod tests {
         }
         for (got, want) in values(&flex.0).iter().chain(&values(&generic.0)).zip(x.iter().chain(&x)) {
             assert!((f64::from(*got) - want).abs() < 1e-5, "{got} is not {want}");
+        }
+    }
+
+    #[test]
+    fn rows_read_several_times_are_summed_in_the_order_of_the_reads() {
+        let table = |n: usize, dim: usize, k: f32| {
+            let values: Vec<f32> = (0..n * dim).map(|x| (x as f32 * k).sin()).collect();
+            Tensor::<Flex, 2>::from_data(TensorData::new(values, [n, dim]), &Default::default())
+        };
+        let many: Vec<u32> = (0..50_000u32).map(|n| (n * 7919) % 3000).collect();
+        let cases = [
+            vec![(vec![3u32, 1, 3], table(3, 4, 0.7))],
+            vec![(vec![0, 2, 5], table(3, 2, 0.7)), (vec![2, 2], table(2, 2, 0.3))],
+            vec![(many.clone(), table(50_000, 3, 0.7)), (vec![9], table(1, 3, 0.1)), (many, table(50_000, 3, 0.2))],
+            vec![(Vec::new(), table(0, 3, 1.0))],
+        ];
+        for reads in cases {
+            let (rows, sums) = Flex::sum_rows(reads.clone());
+            let (want_rows, want) = sum_rows_generic(reads.clone());
+            assert_eq!(rows, want_rows);
+            assert_eq!(values(&sums), values(&want));
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(5).build().unwrap();
+            assert_eq!(values(&pool.install(|| Flex::sum_rows(reads)).1), values(&sums));
         }
     }
 

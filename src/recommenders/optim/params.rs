@@ -1,12 +1,13 @@
 //! Weights by name with their moments.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 
 use burn::backend::Autodiff;
 use burn::tensor::backend::Backend;
 use burn::tensor::{ElementConversion, Int, Tensor, TensorData};
 
-use super::adam::{Adam, AdamBackend};
+use super::adam::{Adam, AdamBackend, Reads};
 use crate::error::Result;
 use crate::recommenders::saved::{NamedTensor, Tensors};
 
@@ -232,28 +233,16 @@ impl<B: Backend> Param<B> {
 }
 
 /// Gradients of rows by table, with one row each: those that were read several times are summed in a fixed order.
-fn merged<B: Backend>(reads: Vec<(usize, Vec<u32>, Tensor<B, 2>)>) -> Vec<(usize, Vec<u32>, Tensor<B, 1>)> {
-    let mut tables: Vec<usize> = reads.iter().map(|r| r.0).collect();
-    tables.sort_unstable();
-    tables.dedup();
-    let of_table = |table: usize| {
-        let mine: Vec<_> = reads.iter().filter(|r| r.0 == table).collect();
-        let all: Vec<u32> = mine.iter().flat_map(|r| r.1.iter().copied()).collect();
-        let grads = Tensor::cat(mine.iter().map(|r| r.2.clone()).collect(), 0);
-        let mut distinct = all.clone();
-        distinct.sort_unstable();
-        distinct.dedup();
-        let [n, dim] = grads.dims();
-        let rows = distinct.len();
-        let device = grads.device();
-        let place = |row: &u32| distinct.binary_search(row).expect("`distinct` holds every row") as i32;
-        let index: Vec<i32> = all.iter().map(place).collect();
-        let index = Tensor::<B, 1, Int>::from_data(TensorData::new(index, [n]), &device);
-        let sums = Tensor::<B, 2>::zeros([rows, dim], &device);
-        let sums = sums.select_assign(0, index, grads, burn::tensor::IndexingUpdateOp::Add);
-        (table, distinct, sums.reshape([rows * dim]))
+fn merged<B: AdamBackend>(reads: Vec<(usize, Vec<u32>, Tensor<B, 2>)>) -> Vec<(usize, Vec<u32>, Tensor<B, 1>)> {
+    let mut tables = BTreeMap::<usize, Reads<B>>::new();
+    for (table, rows, grad) in reads {
+        tables.entry(table).or_default().push((rows, grad));
+    }
+    let merge = |(table, reads)| {
+        let (rows, sums) = B::sum_rows(reads);
+        (table, rows, sums)
     };
-    tables.into_iter().map(of_table).collect()
+    tables.into_iter().map(merge).collect()
 }
 
 impl<B: Backend> Vars<B> {

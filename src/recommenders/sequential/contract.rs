@@ -95,7 +95,7 @@ pub fn golden(model: &str) {
 }
 
 /// A small model of the backbone.
-pub fn small(model: &str, more: &Value) -> Value {
+pub fn small(more: &Value) -> Value {
     let mut hyper = json!({
         "embedding_dim": 16, "max_len": 8, "blocks": 1, "heads": 2, "feed_forward_dim": 16, "embedding_dropout": 0.0,
         "attention_dropout": 0.0, "hidden_dropout": 0.0, "learning_rate": 0.01, "batch_size": 8, "epochs": 60,
@@ -135,7 +135,7 @@ pub fn over_fits(model: &str, more: &Value) {
     let valid: Vec<(u32, u32)> = (0..n).map(|u| (u, (u + 7) % n)).collect();
     let data = Interactions { n_users: n as usize, n_items: n as usize, train: &train, valid: &valid };
     for loss in ["softmax", "bce", "sampled-softmax"] {
-        let mut hyper = small(model, more);
+        let mut hyper = small(more);
         hyper["loss"] = json!(loss);
         if loss == "sampled-softmax" {
             hyper["negatives"] = json!(8);
@@ -162,7 +162,7 @@ fn ragged() -> Histories {
 }
 
 fn dropped(model: &str, more: &Value) -> Value {
-    let mut hyper = small(model, more);
+    let mut hyper = small(more);
     for name in ["embedding_dropout", "attention_dropout", "hidden_dropout"] {
         hyper[name] = json!(0.3);
     }

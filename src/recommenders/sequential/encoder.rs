@@ -7,14 +7,14 @@
 //! III-B; BERT4Rec, arXiv 1904.06690, section 3.3). We differ from the
 //! SASRec authors' code in that queries, keys and values all come of the normalised input.
 
-use burn::tensor::Tensor;
 use std::sync::Arc;
 
-use burn::tensor::activation::{gelu, relu};
+use burn::tensor::Tensor;
+use burn::tensor::activation::relu;
 use burn::tensor::backend::Backend;
 use rand_chacha::ChaCha8Rng;
 
-use super::super::ops::{self, Attention, Setting, attend};
+use super::super::ops::{self, AttentionMask, attention_by_distance};
 use super::super::optim::{ParamId, Params, Vars, truncated_normal};
 use super::config::{Activation, EncoderHyper, NormPlace, Positions};
 use crate::device::ModelBackend;
@@ -133,7 +133,7 @@ impl Linear {
     }
 
     fn forward<B: ModelBackend>(&self, vars: &Vars<B>, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        x.matmul(vars.get::<2>(self.weight)) + vars.get::<1>(self.bias).unsqueeze::<2>()
+        ops::linear(x, vars.get::<2>(self.weight), Some(vars.get::<1>(self.bias)))
     }
 }
 
@@ -219,7 +219,6 @@ impl Encoder {
     ) -> Tensor<B, 2> {
         let [flat, dim] = items.dims();
         let batch = lengths.len();
-        let lengths: Arc<[u32]> = lengths.into();
         let length = flat / batch.max(1);
         let hyper = &self.hyper;
         let mut x = items;
@@ -232,21 +231,15 @@ impl Encoder {
             let attention = |x: Tensor<B, 2>, dropout: Option<(f32, u64)>| {
                 let part = |l: &Linear| l.forward(vars, x.clone()).reshape([batch, length, dim]);
                 let [q, k, v] = block.qkv.each_ref().map(part);
-                let setting = Setting {
-                    heads: hyper.heads as usize,
-                    lengths: lengths.clone(),
-                    causal: self.shape.causal,
-                    dropout,
-                    slopes: self.slopes.clone(),
-                };
-                let y = attend(Attention { q, k, v, setting });
+                let mask = AttentionMask { lengths, causal: self.shape.causal };
+                let y = attention_by_distance(q, k, v, hyper.heads as usize, mask, dropout, &self.slopes);
                 block.out.forward(vars, y.reshape([flat, dim]))
             };
             let feed = |x: Tensor<B, 2>| {
                 let up = block.up.forward(vars, x);
                 let up = match hyper.activation {
                     Activation::Relu => relu(up),
-                    Activation::Gelu => gelu(up),
+                    Activation::Gelu => ops::gelu(up),
                 };
                 block.down.forward(vars, up)
             };
@@ -276,7 +269,7 @@ impl Encoder {
     /// What meets the item table: the states, or the head's output where there is one. `[n, dim]` both.
     pub fn project<B: ModelBackend>(&self, vars: &Vars<B>, states: Tensor<B, 2>) -> Tensor<B, 2> {
         match &self.head {
-            Some((linear, norm)) => norm.forward(vars, gelu(linear.forward(vars, states))),
+            Some((linear, norm)) => norm.forward(vars, ops::gelu(linear.forward(vars, states))),
             None => states,
         }
     }

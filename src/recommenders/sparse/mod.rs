@@ -18,5 +18,6 @@ mod op;
 mod row_tree;
 
 pub use csr::Csr;
+pub use kernel::csr_matmul;
 pub use op::{SparseBackend, SparseMatrix, SparsePair};
 pub use row_tree::RowTree;
