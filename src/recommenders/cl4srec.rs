@@ -69,6 +69,7 @@ impl Default for Cl4SRecHyper {
                 activation: Activation::Relu,
                 norm: NormPlace::Post,
                 positions: Positions::Learned,
+                recency: 0.0,
                 embedding_dropout: 0.3,
                 attention_dropout: 0.2,
                 hidden_dropout: 0.3,

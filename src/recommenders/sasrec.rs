@@ -41,6 +41,7 @@ impl Default for SasRecHyper {
                 activation: Activation::Gelu,
                 norm: NormPlace::Post,
                 positions: Positions::Learned,
+                recency: 0.0,
                 embedding_dropout: 0.5,
                 attention_dropout: 0.5,
                 hidden_dropout: 0.5,

@@ -22,7 +22,7 @@ mod widest;
 #[cfg(test)]
 mod checks;
 
-pub use attention::{AttentionMask, attention};
+pub use attention::{AttentionMask, attention, attention_by_distance};
 pub use cross_entropy::{linear_cross_entropy, linear_cross_entropy_excluding, weighted_cross_entropy};
 pub use dropout::dropout;
 pub use fused::{FusedBackend, Operation, Pass, Tape};

@@ -98,6 +98,10 @@ pub struct EncoderHyper {
     pub norm: NormPlace,
     /// `learned` vectors per place (all three papers), or `none`.
     pub positions: Positions,
+    /// How fast attention falls with the distance in the history: a head's score loses `recency * 2^(-8 h / heads)` for
+    /// each item between (h = 1, 2, ...; ALiBi, arXiv 2108.12409, has 1). 0 (all three papers) = not at all.
+    #[schemars(range(min = 0.0, max = 1000.0))]
+    pub recency: f64,
     /// Dropout of the embedded sequence. SELFRec's `drop_rate`: 0.2 for all three kinds.
     #[schemars(range(min = 0.0, max = 0.95))]
     pub embedding_dropout: f64,

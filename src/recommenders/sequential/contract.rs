@@ -48,7 +48,7 @@ pub fn golden(model: &str) {
         let hyper: EncoderHyper = list(&json!({
             "embedding_dim": sizes["dim"], "max_len": sizes["max_len"], "blocks": sizes["blocks"],
             "heads": sizes["heads"], "feed_forward_dim": sizes["inner"], "activation": case["activation"],
-            "norm": case["norm"], "positions": case["positions"], "embedding_dropout": 0.0, "attention_dropout": 0.0,
+            "norm": case["norm"], "positions": case["positions"], "recency": case.get("recency").cloned().unwrap_or(json!(0.0)), "embedding_dropout": 0.0, "attention_dropout": 0.0,
             "hidden_dropout": 0.0, "initial_deviation": 0.1,
         }));
         let causal = case["causal"].as_bool().unwrap();
@@ -95,15 +95,12 @@ pub fn golden(model: &str) {
 }
 
 /// A small model of the backbone.
-pub fn small(model: &str, more: &Value) -> Value {
+pub fn small(more: &Value) -> Value {
     let mut hyper = json!({
         "embedding_dim": 16, "max_len": 8, "blocks": 1, "heads": 2, "feed_forward_dim": 16, "embedding_dropout": 0.0,
         "attention_dropout": 0.0, "hidden_dropout": 0.0, "learning_rate": 0.01, "batch_size": 8, "epochs": 60,
         "eval_every": 10, "decay": "none", "warmup_epochs": 0.0,
     });
-    if model == "bert4rec" {
-        hyper["last_mask_rate"] = json!(0.5);
-    }
     hyper.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     hyper
 }
@@ -138,7 +135,7 @@ pub fn over_fits(model: &str, more: &Value) {
     let valid: Vec<(u32, u32)> = (0..n).map(|u| (u, (u + 7) % n)).collect();
     let data = Interactions { n_users: n as usize, n_items: n as usize, train: &train, valid: &valid };
     for loss in ["softmax", "bce", "sampled-softmax"] {
-        let mut hyper = small(model, more);
+        let mut hyper = small(more);
         hyper["loss"] = json!(loss);
         if loss == "sampled-softmax" {
             hyper["negatives"] = json!(8);
@@ -165,7 +162,7 @@ fn ragged() -> Histories {
 }
 
 fn dropped(model: &str, more: &Value) -> Value {
-    let mut hyper = small(model, more);
+    let mut hyper = small(more);
     for name in ["embedding_dropout", "attention_dropout", "hidden_dropout"] {
         hyper[name] = json!(0.3);
     }
