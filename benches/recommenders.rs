@@ -380,7 +380,9 @@ fn cpu_seconds() -> f64 {
     seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
-/// Most memory that this process has held, MiB.
+/// Most memory that this process has held, MiB. (`ru_maxrss` also counts the process that started this one.)
 fn peak_rss() -> f64 {
-    usage().ru_maxrss as f64 / 1024.0
+    let status = fs_err::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+    kib.unwrap_or(usage().ru_maxrss as f64) / 1024.0
 }

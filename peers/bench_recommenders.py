@@ -70,7 +70,9 @@ def cpu_seconds():
 
 
 def peak_rss_mib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Of this process alone; `ru_maxrss` also counts the process that started it."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
 
 
 # ---- RecBole, in a process of its own
