@@ -18,7 +18,7 @@ use super::sequential::{
     SequenceModel, SequentialScorer, Views, config, fit,
 };
 use super::trainer::Schedule;
-use super::{Fit, FitContext, Interactions, Recommender, hyper};
+use super::{Embeds, Fit, FitContext, Interactions, Recommender, hyper};
 use crate::error::{Error, Result};
 
 /// Hyper-parameters of `cl4srec`.
@@ -78,6 +78,7 @@ impl Default for Cl4SRecHyper {
                 loss: LossKind::Softmax,
                 negatives: 512,
                 negative_power: 0.75,
+                exclude_seen: false,
                 l2: 0.0,
                 weight_decay: 0.0,
                 clip_norm: 0.0,
@@ -148,6 +149,10 @@ pub const BACKBONE: Backbone = Backbone {
 impl Recommender for Cl4SRecHyper {
     fn hyper(&self) -> serde_json::Value {
         hyper::to_json(self)
+    }
+
+    fn embeds(&self) -> Embeds {
+        Embeds::Both
     }
 
     fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {

@@ -24,7 +24,7 @@ use super::linear_algebra::{Matrix, gram, tall_product, to_f32};
 use super::optim::normal;
 use super::registry::{Backbone, Make, Task};
 use super::saved::{NamedTensor, Tensors};
-use super::{Embeddings, Factors, Fit, FitContext, Interactions, Recommender, Scorer, hyper, product};
+use super::{Embeddings, Embeds, Factors, Fit, FitContext, Interactions, Recommender, Scorer, hyper, product};
 use crate::error::{Error, Result};
 use crate::interactions::Histories;
 
@@ -83,6 +83,10 @@ const START: f32 = 0.01;
 impl Recommender for IalsHyper {
     fn hyper(&self) -> serde_json::Value {
         hyper::to_json(self)
+    }
+
+    fn embeds(&self) -> Embeds {
+        Embeds::Both
     }
 
     fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {

@@ -121,10 +121,27 @@ pub struct Fit {
     pub best_epoch: usize,
 }
 
+/// Of what a fitted model has one vector each, so that they can be compared with each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Embeds {
+    /// Of nothing: popularity, item-item models.
+    #[default]
+    None,
+    /// Of items: sequence models, whose users are read from their histories.
+    Items,
+    /// Of users and items.
+    Both,
+}
+
 /// A backbone with its hyper-parameters, ready to learn.
 pub trait Recommender: Send + Sync {
     /// The hyper-parameters in full, defaults filled in.
     fn hyper(&self) -> serde_json::Value;
+
+    /// The embeddings that the fitted [`Scorer`] will have.
+    fn embeds(&self) -> Embeds {
+        Embeds::None
+    }
 
     /// Learns. The same data, hyper-parameters and seed give the same model on the CPU.
     ///

@@ -15,7 +15,7 @@ use super::sequential::{
     SequentialScorer, config, fit,
 };
 use super::trainer::Schedule;
-use super::{Fit, FitContext, Interactions, Recommender, hyper};
+use super::{Embeds, Fit, FitContext, Interactions, Recommender, hyper};
 use crate::error::Result;
 
 /// Hyper-parameters of `sasrec`.
@@ -50,6 +50,7 @@ impl Default for SasRecHyper {
                 loss: LossKind::Softmax,
                 negatives: 512,
                 negative_power: 0.75,
+                exclude_seen: false,
                 l2: 0.0,
                 weight_decay: 0.0,
                 clip_norm: 0.0,
@@ -94,6 +95,10 @@ pub const BACKBONE: Backbone = Backbone {
 impl Recommender for SasRecHyper {
     fn hyper(&self) -> serde_json::Value {
         hyper::to_json(self)
+    }
+
+    fn embeds(&self) -> Embeds {
+        Embeds::Both
     }
 
     fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {
