@@ -17,7 +17,7 @@ fn device() -> Device {
     DeviceChoice::Cpu.open().unwrap().device
 }
 
-/// Hyper-parameters that learn toy data in a moment, as far as a model has them.
+/// Hyper-parameters that learn toy data in a moment, as far as a model has and allows them.
 fn quick(backbone: &Backbone) -> Value {
     let wanted = json!({
         "embedding_dim": 16, "learning_rate": 0.02, "l2": 0.0, "batch_size": 64, "epochs": 40, "dropout": 0.0,
@@ -28,7 +28,7 @@ fn quick(backbone: &Backbone) -> Value {
         .as_object()
         .unwrap()
         .iter()
-        .filter(|(name, _)| known.contains_key(*name))
+        .filter(|(name, value)| known.contains_key(*name) && backbone.hyper(&json!({ (*name): value })).is_ok())
         .map(|(n, v)| (n.clone(), v.clone()))
         .collect()
 }
