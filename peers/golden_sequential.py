@@ -79,6 +79,9 @@ def loss_of(case, w):
     logits = states @ table.T + bias
     own = torch.arange(len(targets))
     if case["loss"] == "softmax":
+        for row, left_out in enumerate(case.get("excluded", [])):
+            for item in set(left_out) - {case["targets"][row]}:
+                logits = logits.index_put((torch.tensor(row), torch.tensor(item)), torch.tensor(-math.inf))
         loss = torch.nn.functional.cross_entropy(logits, targets)
     elif case["loss"] == "bce":
         yes, no = logits[own, targets], logits[own, torch.tensor(case["negatives"])]
@@ -158,6 +161,8 @@ SHARED = {
 CASES = {
     "sasrec": [
         {**CAUSAL, "name": "post, softmax", "seed": 1, "norm": "post", "activation": "relu", "loss": "softmax"},
+        {**CAUSAL, "name": "unseen items only", "seed": 9, "norm": "pre", "activation": "relu", "loss": "softmax",
+         "excluded": [[3], [3, 1], [3, 1, 4], [3, 1, 4, 0], [3, 1, 4, 0, 5], [], [6], [6, 2], [6, 1]]},
         {**CAUSAL, "name": "pre, bce", "seed": 2, "norm": "pre", "activation": "gelu", "loss": "bce",
          "negatives": [6, 0, 2, 3, 3, 1, 0, 1, 4], "l2": 0.1},
         {**CAUSAL, **SHARED, "name": "no positions, sampled softmax", "seed": 3, "norm": "post", "activation": "gelu",

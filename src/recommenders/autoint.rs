@@ -8,11 +8,12 @@
 //! `embedding_dim / att_head_num`). Deviations: see [`super::rating::learner`].
 
 use burn::tensor::Tensor;
-use burn::tensor::activation::{relu, softmax};
+use burn::tensor::activation::relu;
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::ops::{AttentionMask, attention};
 use super::optim::{ParamId, Params, Vars, xavier_normal};
 use super::rating::layers::{Dnn, Mlp, Pass};
 use super::rating::learner::{self, Common, Inputs, RatingModel, Sizes};
@@ -140,14 +141,18 @@ impl RatingModel for AutoInt {
     ) -> Tensor<B, 1> {
         let [n, fields, _] = inputs.embeddings.dims();
         let (heads, size) = (self.att_head_num as usize, self.att_embedding_size as usize);
+        let lengths = vec![fields as u32; n];
         let mut e = inputs.embeddings.clone();
         for layer in &weights.layers {
             let before = e.dims()[2];
             let rows = e.reshape([n * fields, before]);
             let through = |id: ParamId| rows.clone().matmul(vars.get::<2>(id));
-            let split = |id: ParamId| through(id).reshape([n, fields, heads, size]).swap_dims(1, 2);
-            let shares = softmax(split(layer.query).matmul(split(layer.key).swap_dims(2, 3)), 3);
-            let mixed = shares.matmul(split(layer.value)).swap_dims(1, 2).reshape([n * fields, heads * size]);
+            let fields_of = |id: ParamId| through(id).reshape([n, fields, heads * size]);
+            // The operation divides by the root of a head's width, AutoInt does not.
+            let query = fields_of(layer.query) * (size as f32).sqrt();
+            let mask = AttentionMask { lengths: &lengths, causal: false };
+            let mixed = attention(query, fields_of(layer.key), fields_of(layer.value), heads, mask, None);
+            let mixed = mixed.reshape([n * fields, heads * size]);
             let mixed = match layer.residual {
                 Some(id) => mixed + through(id),
                 None => mixed,

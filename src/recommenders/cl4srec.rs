@@ -78,6 +78,7 @@ impl Default for Cl4SRecHyper {
                 loss: LossKind::Softmax,
                 negatives: 512,
                 negative_power: 0.75,
+                exclude_seen: false,
                 l2: 0.0,
                 weight_decay: 0.0,
                 clip_norm: 0.0,

@@ -35,6 +35,7 @@ pub mod pairwise;
 #[cfg(test)]
 mod pairwise_golden;
 pub mod popularity;
+pub mod product;
 pub mod ranking_loss;
 pub mod rating;
 pub mod registry;
@@ -158,6 +159,16 @@ pub struct Embeddings<'a> {
     pub values: &'a [f32],
 }
 
+/// What [`Scorer::factors`] gives.
+pub struct Factors<'a> {
+    /// Length of a vector.
+    pub dim: usize,
+    /// `[users, dim]`, those that were asked for.
+    pub users: Vec<f32>,
+    /// `[items, dim]`, all items.
+    pub items: &'a [f32],
+}
+
 /// A fitted model.
 pub trait Scorer: Send + Sync {
     /// Number of users that the model knows.
@@ -177,6 +188,13 @@ pub trait Scorer: Send + Sync {
     /// The model as it scores once `history` is known, where that takes more than reading one user's history: a
     /// graph model propagates over the graph of `history`. `None` where [`Scorer::score`] is enough.
     fn with_history(&self, _history: &Histories) -> Option<Box<dyn Scorer>> {
+        None
+    }
+
+    /// The vectors whose products are the scores of `users` given `history`, where scores are made in that way: a
+    /// shortlist is then found without holding all scores. They must be those of [`Scorer::score`] to the bit,
+    /// which they are where that uses [`product::scores`].
+    fn factors(&self, _users: &[u32], _history: &Histories) -> Option<Factors<'_>> {
         None
     }
 

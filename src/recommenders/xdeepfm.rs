@@ -1,6 +1,6 @@
 //! xDeepFM (Lian et al. 2018, arXiv 1803.05170): a compressed interaction network (CIN) beside a perceptron.
 //!
-//! CIN, per dimension of the embeddings: map `h` of layer k is `act(sum over i, j of W[h, i, j] x(k-1)[i] x(0)[j] + b[h])`
+//! CIN, per dimension of the embeddings: map `h` of layer k is `act(sum over j, i of W[h, j, i] x(0)[j] x(k-1)[i] + b[h])`
 //! (eq. 6); the maps are summed over the dimensions and weighted into the output. With `cin_split_half` the first half of
 //! a layer's maps goes on to the next layer and the second half to the output (the last layer: all to the output).
 //! `y = bias + linear + w . cin + v . mlp(all embeddings, dense values)` (eq. 9).
@@ -12,8 +12,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::ops::pair_products;
 use super::optim::{ParamId, Params, Vars, xavier_normal};
-use super::rating::layers::{Activation, Dnn, Mlp, Pass, check_layers, penalty, plus};
+use super::rating::layers::{Activation, Dnn, Mlp, Pass, check_layers, penalty, plus, sum_groups};
 use super::rating::learner::{self, Common, Inputs, RatingModel, Sizes};
 use super::rating::predictor::Fitted;
 use super::rating::{RatingFit, RatingRecommender, Ratings};
@@ -93,7 +94,7 @@ fn parse(given: serde_json::Value) -> Result<XDeepFm> {
     Ok(model)
 }
 
-/// CIN layers (weight `[maps before * fields, maps]` and bias), its output weights, the perceptron, its output weights.
+/// CIN layers (weight `[fields * maps before, maps]` and bias), its output weights, the perceptron, its output weights.
 pub struct Weights {
     cin: Vec<(ParamId, ParamId)>,
     cin_out: Option<ParamId>,
@@ -140,12 +141,10 @@ impl RatingModel for XDeepFm {
             let mut x = x0.clone();
             let mut outputs = Vec::new();
             for (k, &(weight, bias)) in weights.cin.iter().enumerate() {
-                let [rows, before] = x.dims();
+                let rows = n * dim;
                 let bias = vars.get::<1>(bias);
                 let maps = bias.dims()[0];
-                let products = x.reshape([rows, before, 1]) * x0.clone().reshape([rows, 1, fields]);
-                let products = products.reshape([rows, before * fields]);
-                let all = products.matmul(vars.get::<2>(weight)) + bias.reshape([1, maps]);
+                let all = pair_products(x, x0.clone(), vars.get::<2>(weight)) + bias.reshape([1, maps]);
                 let all = self.cin_activation.apply(all);
                 let halved = self.cin_split_half && k + 1 < weights.cin.len();
                 let first = if halved { maps / 2 } else { 0 };
@@ -154,7 +153,7 @@ impl RatingModel for XDeepFm {
             }
             let all = Tensor::cat(outputs, 1);
             let maps = all.dims()[1];
-            y = all.reshape([n, dim, maps]).sum_dim(1).reshape([n, maps]).matmul(vars.get::<2>(out));
+            y = sum_groups(all.reshape([n, dim * maps]), maps).matmul(vars.get::<2>(out));
         }
         if let Some(out) = weights.dnn_out {
             y = y + weights.mlp.apply(vars, inputs.flat(), pass).matmul(vars.get::<2>(out));

@@ -97,7 +97,7 @@ impl<B: Backend> Inputs<B> {
 /// What a backbone adds to the linear terms.
 pub trait RatingModel: Clone + Send + Sync + 'static {
     /// Which weights are the model's own.
-    type Weights;
+    type Weights: Send + Sync;
 
     /// The shared hyper-parameters.
     fn common(&self) -> &Common;
@@ -140,10 +140,28 @@ type Read<B> = (Tensor<B, 2>, Tensor<B, 2>);
 impl<M: RatingModel, B: ModelBackend> Network<M, B> {
     /// Initial weights; `bias` is the mean rating.
     pub fn new(model: &M, layout: &Layout, bias: f32, rng: &mut ChaCha8Rng, device: &B::Device) -> Self {
-        let (rows, dim, common) = (layout.rows(), model.common().embedding_dim as usize, model.common());
+        let common = model.common();
+        let table = normal(layout.rows() * common.embedding_dim as usize, common.init_std as f32, rng);
+        Self::with(model, layout, (bias, table), rng, device)
+    }
+
+    /// A network whose weights are to be replaced.
+    pub fn blank(model: &M, layout: &Layout, device: &B::Device) -> Self {
+        let table = vec![0.0; layout.rows() * model.common().embedding_dim as usize];
+        Self::with(model, layout, (0.0, table), &mut ChaCha8Rng::seed_from_u64(0), device)
+    }
+
+    fn with(
+        model: &M,
+        layout: &Layout,
+        (bias, table): (f32, Vec<f32>),
+        rng: &mut ChaCha8Rng,
+        device: &B::Device,
+    ) -> Self {
+        let (rows, dim) = (layout.rows(), model.common().embedding_dim as usize);
         let sizes = Sizes { fields: layout.categorical(), dim, dense: layout.denses() };
         let mut params = Params::new(device);
-        let embeddings = params.add("embeddings", &[rows, dim], normal(rows * dim, common.init_std as f32, rng));
+        let embeddings = params.add("embeddings", &[rows, dim], table);
         let linear = params.add("linear", &[rows, 1], vec![0.0; rows]);
         let bias = params.add("bias", &[1], vec![bias]);
         let dense = (sizes.dense > 0).then(|| params.add("dense", &[sizes.dense, 1], vec![0.0; sizes.dense]));
@@ -321,7 +339,7 @@ impl<M: RatingModel, B: ModelBackend> Learner for RatingLearner<'_, M, B> {
     fn fitted(&self) -> Result<Fitted<M>> {
         let mut tensors = self.network.params.tensors();
         tensors.push(NamedTensor::new("rating_range", vec![2], self.range.to_vec()));
-        Fitted::new(&self.network.model, self.data.fields, tensors)
+        Fitted::load(&self.network.model, self.data.fields, &Tensors::new(tensors))
     }
 
     fn quality(&self, fitted: &Fitted<M>) -> Option<f64> {

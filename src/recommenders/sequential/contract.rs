@@ -7,6 +7,7 @@ use burn::backend::{Autodiff, Flex};
 use bytes::Bytes;
 use serde_json::{Value, json};
 
+use super::super::ops::Excluded;
 use super::super::optim::Params;
 use super::super::saved::{NamedTensor, Tensors};
 use super::super::trainer::Checkpoints;
@@ -21,6 +22,16 @@ use crate::interactions::Histories;
 
 fn list<T: serde::de::DeserializeOwned>(value: &Value) -> T {
     serde_json::from_value(value.clone()).unwrap()
+}
+
+fn excluded(lists: &Value) -> Excluded {
+    let mut all = Excluded::default();
+    for list in list::<Vec<Vec<u32>>>(lists) {
+        let from = all.classes.len() as u32;
+        all.classes.extend(list);
+        all.ranges.push((from, all.classes.len() as u32));
+    }
+    all
 }
 
 fn tensors(of: &Value) -> Vec<NamedTensor> {
@@ -52,7 +63,7 @@ pub fn golden(model: &str) {
         }
         batch.targets = list(&case["targets"]);
         let negatives = match case["loss"].as_str().unwrap() {
-            "softmax" => Negatives::All,
+            "softmax" => Negatives::All(case.get("excluded").map(excluded)),
             "bce" => Negatives::Own(list(&case["negatives"])),
             _ => Negatives::Shared {
                 items: list(&case["negatives"]),
