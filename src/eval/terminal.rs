@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::fmt::Write;
 
 use crate::columns::{
-    BASELINE, BUCKET, DRAWS, FILE_ORDER, HISTORY_AT_TEST, MAX, MEAN, MEAN_DIFFERENCE, METRIC, MIN, N, P, RANKING, SD,
-    SYSTEM, TIE_RULE, USERS, VALUE, WEIGHTS_FIT_ON,
+    BASELINE, BUCKET, DRAWS, FILE_ORDER, FILE_ORDER_REFIT, HISTORY_AT_TEST, MAX, MEAN, MEAN_DIFFERENCE, METRIC, MIN, N,
+    P, RANKING, SD, SYSTEM, TIE_RULE, USERS, VALUE, WEIGHTS_FIT_ON,
 };
 use crate::error::Result;
 use crate::eval::buckets::Slice;
@@ -161,10 +161,10 @@ pub fn render_ties(ties: &Table) -> Result<String> {
     let mut table = TextTable::new();
     table.load_preset(presets::ASCII_MARKDOWN);
     let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
-    let head = ["ties in", FILE_ORDER, MEAN, SD, MIN, MAX];
+    let head = ["metric", FILE_ORDER, FILE_ORDER_REFIT, MEAN, SD, MIN, MAX];
     table.set_header(head.map(|h| right(h.replace('_', " "))));
     let metrics = some_text(ties.strings(METRIC)?);
-    let numbers: Vec<ArrayRef> = [FILE_ORDER, MEAN, SD, MIN, MAX]
+    let numbers: Vec<ArrayRef> = [FILE_ORDER, FILE_ORDER_REFIT, MEAN, SD, MIN, MAX]
         .iter()
         .map(|name| ties.column_as(name, &DataType::Float64))
         .collect::<Result<_>>()?;
@@ -177,7 +177,9 @@ pub fn render_ties(ties: &Table) -> Result<String> {
         table.add_row(cells);
     }
     let draws = ties.i64s(DRAWS)?.first().copied().unwrap_or_default();
-    Ok(format!("The recommender with interactions of equal time in file order, and in {draws} random orders\n{table}"))
+    Ok(format!(
+        "The recommender with interactions of equal time in file order, and in {draws} random orders (fitted again for each)\n{table}"
+    ))
 }
 
 /// Mean and standard deviation over the seeds of each search, a line per search. One text per kind of metrics.
