@@ -44,19 +44,19 @@ pub struct Bert4RecHyper {
 impl Default for Bert4RecHyper {
     fn default() -> Self {
         Bert4RecHyper {
-            mask_rate: 0.2,
-            last_mask_rate: 0.1,
-            passes: 1,
+            mask_rate: 0.3,
+            last_mask_rate: 0.2,
+            passes: 2,
             encoder: EncoderHyper {
                 embedding_dim: 64,
                 max_len: 50,
                 blocks: 2,
                 heads: 2,
-                feed_forward_dim: 256,
+                feed_forward_dim: 128,
                 activation: Activation::Gelu,
                 norm: NormPlace::Post,
                 positions: Positions::Learned,
-                recency: 0.0,
+                recency: 4.0,
                 embedding_dropout: 0.2,
                 attention_dropout: 0.2,
                 hidden_dropout: 0.2,
@@ -66,13 +66,13 @@ impl Default for Bert4RecHyper {
                 loss: LossKind::Softmax,
                 negatives: 512,
                 negative_power: 0.75,
-                exclude_seen: false,
+                exclude_seen: true,
                 l2: 0.0,
                 weight_decay: 0.0,
                 clip_norm: 5.0,
-                warmup_epochs: 2.0,
+                warmup_epochs: 1.0,
                 decay: Decay::Cosine,
-                schedule: Schedule { learning_rate: 3e-3, batch_size: 64, epochs: 100, eval_every: 1, patience: 15 },
+                schedule: Schedule { learning_rate: 1e-3, batch_size: 16, epochs: 40, eval_every: 1, patience: 15 },
             },
         }
     }

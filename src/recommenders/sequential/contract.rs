@@ -161,7 +161,7 @@ fn ragged() -> Histories {
     Histories::from_pairs(lengths.len(), &pairs)
 }
 
-fn dropped(model: &str, more: &Value) -> Value {
+fn dropped(more: &Value) -> Value {
     let mut hyper = small(more);
     for name in ["embedding_dropout", "attention_dropout", "hidden_dropout"] {
         hyper[name] = json!(0.3);
@@ -175,7 +175,7 @@ fn dropped(model: &str, more: &Value) -> Value {
 pub fn repeats(model: &str, more: &Value) {
     let train = ragged();
     let data = Interactions { n_users: 8, n_items: 41, train: &train, valid: &[(3, 40), (7, 2)] };
-    let hyper = dropped(model, more);
+    let hyper = dropped(more);
     let on = |threads: usize, seed| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| numbers(fit(model, &hyper, &data, seed).scorer.as_ref()))
@@ -218,7 +218,7 @@ impl Watch for StopAfter {
 pub fn resumes(model: &str, more: &Value) {
     let train = ragged();
     let data = Interactions { n_users: 8, n_items: 41, train: &train, valid: &[(3, 40), (7, 2)] };
-    let hyper = dropped(model, more);
+    let hyper = dropped(more);
     let kept = Kept::default();
     let stop = StopAfter(2, Mutex::new(0));
     assert!(fit_watched(model, &hyper, &data, 5, &stop, Some(&kept)).is_err());
@@ -233,7 +233,7 @@ pub fn loads(model: &str, more: &Value) {
     let train = ragged();
     let data = Interactions { n_users: 8, n_items: 41, train: &train, valid: &[] };
     let backbone = registry::find(model).unwrap();
-    let recommender = backbone.recommender(&dropped(model, more)).unwrap();
+    let recommender = backbone.recommender(&dropped(more)).unwrap();
     let fit = fit(model, &recommender.hyper(), &data, 5);
     let loaded = backbone.scorer(&recommender.hyper(), &Tensors::new(fit.scorer.tensors())).unwrap();
     let users: Vec<u32> = (0..8).collect();
@@ -256,7 +256,7 @@ pub fn loads(model: &str, more: &Value) {
 
 /// Nothing to learn from, nobody to score, histories of any length: no panic, no NaN.
 pub fn bears_bad_input(model: &str, more: &Value) {
-    let mut hyper = dropped(model, more);
+    let mut hyper = dropped(more);
     for (n_users, n_items, pairs) in
         [(0, 0, vec![]), (3, 4, vec![]), (2, 1, vec![(0, 0)]), (2, 2, vec![(0, 0), (0, 1)])]
     {
