@@ -3,6 +3,7 @@
 //!
 //!     cargo bench --bench recommenders -- epochs MODEL JSON --data FOLDER [--epochs 3] [--seed 1]
 //!     cargo bench --bench recommenders -- target MODEL JSON --data FOLDER --ndcg 0.113 [--epochs 200] [--seed 1]
+//!     cargo bench --bench recommenders -- fit MODEL JSON --data FOLDER [--rounds 3] [--seed 1]
 //!     cargo bench --bench recommenders -- top-k --users 943 --items 1682 --dim 64 --seen 104 [--k 20] [--rounds 5]
 //!     cargo bench --bench recommenders -- scale MODEL JSON --interactions 1000000 [--epochs 1] [--seed 1]
 //!
@@ -12,6 +13,7 @@
 //!
 //! * `epochs`: seconds of each epoch without validation; building graphs and reading files is not counted.
 //! * `target`: CPU seconds until NDCG@10 on validation is reached, validation included.
+//! * `fit`: seconds of a whole fit without validation, and of scoring all items for all users; for closed forms.
 //! * `top-k`: shortlists of all users out of random vectors; `--seen` random items of each are left out.
 //! * `scale`: a synthetic log with four users to an item, both with a power law (50 interactions a user on average),
 //!   made by seed in this process; seconds and bytes per interaction.
@@ -29,11 +31,12 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value as Json, json};
 use tailfuse::device::DeviceChoice;
 use tailfuse::error::{Error, Result};
+use tailfuse::eval::metrics::ndcg_at;
 use tailfuse::interactions::fields::{Column, Entities, Field, FieldSet, Rows, Side};
 use tailfuse::interactions::{Histories, IdMap};
 use tailfuse::recommenders::embedding_scorer::EmbeddingScorer;
 use tailfuse::recommenders::rating::Ratings;
-use tailfuse::recommenders::{Epoch, FitContext, Interactions, Task, Watch, registry, topk};
+use tailfuse::recommenders::{Epoch, FitContext, Interactions, Task, Unwatched, Watch, registry, topk};
 use tailfuse::tables::{Id, IdColumn};
 
 fn main() {
@@ -42,9 +45,10 @@ fn main() {
     match options.0.first().map(String::as_str) {
         Some("epochs") => epochs(&options),
         Some("target") => target(&options),
+        Some("fit") => whole_fit(&options),
         Some("top-k") => top_k(&options),
         Some("scale") => scale(&options),
-        _ => println!("give `epochs`, `target`, `top-k` or `scale` (see the head of benches/recommenders.rs)"),
+        _ => println!("give `epochs`, `target`, `fit`, `top-k` or `scale` (see the head of benches/recommenders.rs)"),
     }
 }
 
@@ -180,6 +184,29 @@ fn target(options: &Options) {
                   "epochs": state.cpu_of_epochs.len(), "cpu_s": state.seconds}));
 }
 
+fn whole_fit(options: &Options) {
+    let log = Log::read(&options.data());
+    let (train, valid) = log.histories();
+    let data = Interactions { n_users: log.users.len(), n_items: log.items.len(), train: &train, valid: &[] };
+    let device = DeviceChoice::Cpu.open().unwrap().device;
+    let seed = options.number("--seed", 1) as u64;
+    let hyper = options.hyper(json!({}));
+    let model = registry::find(options.model()).and_then(|b| b.recommender(&hyper)).unwrap_or_else(|e| panic!("{e}"));
+    let (mut fits, mut scores) = (Vec::new(), Vec::new());
+    for _ in 0..options.number("--rounds", 3) {
+        let begun = cpu_seconds();
+        let context = FitContext { seed, device: &device, watch: &Unwatched, checkpoints: None };
+        let fit = model.fit(&data, &context).unwrap_or_else(|e| panic!("{e}"));
+        let fitted = cpu_seconds();
+        let ranks = topk::ranks(fit.scorer.as_ref(), &valid, &train, &train);
+        let ndcg = ranks.iter().map(|&rank| ndcg_at(rank, 10)).sum::<f64>() / ranks.len() as f64;
+        fits.push(fitted - begun);
+        scores.push(cpu_seconds() - fitted);
+        println!("{}", json!({"fit_cpu_s": fits.last(), "score_cpu_s": scores.last(), "valid": ndcg}));
+    }
+    finish(json!({"model": options.model(), "fit_cpu_s": fits, "score_cpu_s": scores}));
+}
+
 fn top_k(options: &Options) {
     let (users, items) = (options.number("--users", 943), options.number("--items", 1682));
     let (dim, seen, k) = (options.number("--dim", 64), options.number("--seen", 104), options.number("--k", 20));
@@ -271,11 +298,9 @@ struct Log {
 
 impl Log {
     fn read(folder: &Path) -> Self {
-        let text = read(folder, "inter");
-        let mut rows: Vec<(i64, i64, f32, f64)> = text
-            .iter()
-            .map(|f| (f[0].parse().unwrap(), f[1].parse().unwrap(), f[2].parse().unwrap(), f[3].parse().unwrap()))
-            .collect();
+        let mut rows: Vec<(i64, i64, f32, f64)> = read(folder, "inter", |f| {
+            (f[0].parse().unwrap(), f[1].parse().unwrap(), f[2].parse().unwrap(), f[3].parse().unwrap())
+        });
         rows.sort_by(|a, b| a.0.cmp(&b.0).then(a.3.total_cmp(&b.3)));
         let ids = |of: &dyn Fn(&(i64, i64, f32, f64)) -> i64| {
             IdMap::new(&[&IdColumn::Int(rows.iter().map(of).collect())]).unwrap()
@@ -308,7 +333,7 @@ impl Log {
             }
         }
         let side = |name: &str, ids: &IdMap| -> HashMap<u32, Vec<String>> {
-            let rows = read(folder, name).into_iter();
+            let rows = read(folder, name, |f| f.iter().map(|&v| v.to_owned()).collect::<Vec<_>>()).into_iter();
             rows.filter_map(|f| Some((ids.get(&Id::Int(f[0].parse().unwrap()))?, f))).collect()
         };
         let (user, item) = (side("user", &self.users), side("item", &self.items));
@@ -350,11 +375,11 @@ impl Log {
     }
 }
 
-/// Rows of a file of RecBole's, split at tabs.
-fn read(folder: &Path, kind: &str) -> Vec<Vec<String>> {
+/// `row` of each line of a file of RecBole's, split at tabs.
+fn read<T>(folder: &Path, kind: &str, row: impl Fn(&[&str]) -> T) -> Vec<T> {
     let path = folder.join(format!("ml-100k.{kind}"));
     let text = fs_err::read_to_string(path).unwrap_or_else(|e| panic!("{e}"));
-    text.lines().skip(1).map(|line| line.split('\t').map(str::to_owned).collect()).collect()
+    text.lines().skip(1).map(|line| row(&line.split('\t').collect::<Vec<&str>>())).collect()
 }
 
 /// The last line: the report with this process's memory and threads.
