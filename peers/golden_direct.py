@@ -152,6 +152,92 @@ def lightgcn():
     return weights, cases
 
 
+def pool(all_hops, how):
+    if how == "concat":
+        return torch.cat(all_hops, -1)
+    if how == "final":
+        return all_hops[-1]
+    total = sum(all_hops)
+    return total / len(all_hops) if how == "mean" else total
+
+
+def mixgcf():
+    """The candidates' hops are mixed one by one and compared after the mixing, as the paper has it."""
+    weights = ego_weights()
+    ego, cases = weights["ego_embeddings"], []
+    unseen = [[i for i in range(ITEMS) if (u, i) not in TRAIN] for u in range(USERS)]
+    settings = [("mean", 1, 3, 0.1), ("concat", 2, 2, 0.0), ("sum", 1, 2, 0.02), ("final", 3, 2, 0.0)]
+    for n, (pooling, negatives, layers, l2) in enumerate(settings):
+        random = torch.Generator().manual_seed(n)
+        m = 3
+        candidates = [
+            [unseen[u][int(torch.randint(len(unseen[u]), (), generator=random))] for u, _ in PAIRS for _ in range(m)]
+            for _ in range(negatives)
+        ]
+        mixing = [torch.rand(len(PAIRS), layers + 1, generator=random) for _ in range(negatives)]
+        all_hops = hops(ego, [adjacency(TRAIN)] * layers)
+        final = pool(all_hops, pooling)
+        total = torch.zeros(())
+        for p, (u, i) in enumerate(PAIRS):
+            total = total + l2 / 2 * (ego[u].pow(2).sum() + ego[USERS + i].pow(2).sum())
+            inner = torch.ones(())
+            for k in range(negatives):
+                chosen = []
+                for layer, hop in enumerate(all_hops):
+                    user = hop[u] if pooling == "concat" else final[u]
+                    a = mixing[k][p, layer]
+                    mixed = [a * hop[USERS + i] + (1 - a) * hop[USERS + j] for j in candidates[k][p * m:(p + 1) * m]]
+                    chosen.append(max(mixed, key=lambda x: (user @ x).item()))
+                total = total + l2 / 2 * chosen[0].pow(2).sum()
+                inner = inner + torch.exp(final[u] @ pool(chosen, pooling) - final[u] @ final[USERS + i])
+            total = total + torch.log(inner)
+        given = {
+            "embedding_dim": DIM, "layers": layers, "pooling": pooling, "negatives": negatives, "candidates": m, "l2": l2,
+            "message_dropout": 0.0,
+        }
+        later = pool(hops(ego, [adjacency(LATER)] * layers), pooling)
+        extra = {
+            "candidates": candidates, "mixing_weights": [flat(x) for x in mixing],
+            "final": flat(final), "later": flat(later),
+        }
+        cases.append(solved(given, total / len(PAIRS), weights, **extra))
+    return weights, cases
+
+
+def info_nce(a, b, temperature):
+    scores = unit(a) @ unit(b).T / temperature
+    return torch.nn.functional.cross_entropy(scores, torch.arange(len(a)))
+
+
+def sgl():
+    weights = ego_weights()
+    ego, cases = weights["ego_embeddings"], []
+    edges = sorted(set(TRAIN))
+    users, items = sorted({u for u, _ in PAIRS}), sorted({i for _, i in PAIRS})
+    for n, (augmentation, layers, weight, temperature) in enumerate(
+        [("edge-drop", 2, 0.1, 0.2), ("random-walk", 2, 0.5, 0.4), ("node-drop", 3, 1.0, 0.2)]
+    ):
+        case = LOSSES[[0, 3, 5][n]]
+        random = torch.Generator().manual_seed(n)
+        views = 2 if augmentation == "random-walk" else 1
+        keep = [[(torch.rand(len(edges), generator=random) > 0.3).tolist() for _ in range(views)] for _ in range(2)]
+        final = mean_embed(ego, [adjacency(TRAIN)] * layers)
+        loss = ranking_loss(final[:USERS], final[USERS:], case) + l2_term(ego[:USERS], ego[USERS:], case)
+        a, b = (
+            mean_embed(ego, [adjacency([e for e, k in zip(edges, view[min(layer, views - 1)]) if k]) for layer in range(layers)])
+            for view in keep
+        )
+        contrast = info_nce(a[:USERS][users], b[:USERS][users], temperature)
+        contrast = contrast + info_nce(a[USERS:][items], b[USERS:][items], temperature)
+        given = hyper(
+            case, layers=layers, augmentation=augmentation, contrast_weight=weight, contrast_temperature=temperature
+        )
+        later = mean_embed(ego, [adjacency(LATER)] * layers)
+        extra = {"draw": case["draw"], "keep": keep, "final": flat(final), "later": flat(later)}
+        cases.append(solved(given, loss + weight * contrast, weights, **extra))
+    return weights, cases
+
+
 def write(name, made, **more):
     weights, cases = made
     case = {
@@ -167,3 +253,5 @@ def write(name, made, **more):
 if __name__ == "__main__":
     write("mf", mf())
     write("lightgcn", lightgcn())
+    write("mixgcf", mixgcf())
+    write("sgl", sgl())

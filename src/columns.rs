@@ -144,3 +144,33 @@ pub const EVALUATED: &str = "evaluated";
 pub const HISTORY_SHOWN: &str = "history_shown";
 /// int32: titles that a prompt left out to stay within its token budget.
 pub const TITLES_TRIMMED: &str = "titles_trimmed";
+/// int32, 1-based: number of a setting that a search tried.
+pub const TRIAL: &str = "trial";
+/// string: what a search drew, as JSON.
+pub const SETTING: &str = "setting";
+/// string: hyper-parameters in full, as JSON.
+pub const HYPER: &str = "hyper";
+/// string: name of a validation metric.
+pub const VALID_METRIC: &str = "valid_metric";
+/// float64, nullable: value of a validation metric.
+pub const VALID: &str = "valid";
+/// int32: the epoch that was the best on validation.
+pub const BEST_EPOCH: &str = "best_epoch";
+/// int32: number of epochs that were run.
+pub const EPOCHS: &str = "epochs";
+/// string, nullable: why a fit did not end well.
+pub const MESSAGE: &str = "message";
+/// string: name of a stage in the pipeline file.
+pub const STAGE: &str = "stage";
+/// float64: a figure with ties of time in file order.
+pub const FILE_ORDER: &str = "file_order";
+/// float64: mean over draws.
+pub const MEAN: &str = "mean";
+/// float64, nullable: standard deviation over draws.
+pub const SD: &str = "sd";
+/// float64: least of the draws.
+pub const MIN: &str = "min";
+/// float64: greatest of the draws.
+pub const MAX: &str = "max";
+/// int32: number of draws.
+pub const DRAWS: &str = "draws";

@@ -40,6 +40,8 @@ pub struct NodeProgress {
     label: String,
     bar: Option<ProgressBar>,
     unit: Mutex<String>,
+    /// What the stage said last of how it stands.
+    status: Mutex<String>,
     total: AtomicU64,
     done: AtomicU64,
     tenth: AtomicU64,
@@ -61,6 +63,7 @@ impl NodeProgress {
             label,
             bar,
             unit: Mutex::new(String::new()),
+            status: Mutex::new(String::new()),
             total: AtomicU64::new(0),
             done: AtomicU64::new(0),
             tenth: AtomicU64::new(0),
@@ -84,6 +87,9 @@ impl Observer for NodeProgress {
         self.total.store(total, Ordering::Relaxed);
         self.done.store(0, Ordering::Relaxed);
         self.tenth.store(0, Ordering::Relaxed);
+        if let Ok(mut status) = self.status.lock() {
+            status.clear();
+        }
         if let Some(bar) = &self.bar {
             bar.set_length(total);
             bar.set_position(0);
@@ -102,12 +108,26 @@ impl Observer for NodeProgress {
         // Only the call that crosses a tenth speaks; short work says nothing.
         if tenth > self.tenth.fetch_max(tenth, Ordering::Relaxed) && self.began.elapsed().as_secs() >= 2 {
             let unit = self.unit.lock().map(|u| u.clone()).unwrap_or_default();
+            let status = self.status.lock().map(|s| s.clone()).unwrap_or_default();
+            let status = if status.is_empty() { status } else { format!("; {status}") };
             self.printer.say(&format!(
-                "{}  {:3}%  {done}/{total} {unit}, {:.0} s",
+                "{}  {:3}%  {done}/{total} {unit}, {:.0} s{status}",
                 self.label,
                 tenth * 10,
                 self.began.elapsed().as_secs_f64()
             ));
+        }
+    }
+
+    fn status(&self, text: &str) {
+        if let Some(bar) = &self.bar {
+            // The text has its own estimate of the time, and needs the room.
+            if let Ok(style) = ProgressStyle::with_template("{prefix:<34} {bar:16} {pos}/{len} {wide_msg}") {
+                bar.set_style(style);
+            }
+            bar.set_message(text.to_owned());
+        } else if let Ok(mut status) = self.status.lock() {
+            *status = text.to_owned();
         }
     }
 

@@ -30,7 +30,8 @@ pub struct RunArgs {
     /// Run this stage and all that read from it again, cached or not.
     #[arg(long, value_name = "STAGE")]
     from: Option<String>,
-    /// Run everything again, cached or not. Answers of the LLM are still taken from the ledger.
+    /// Run everything again, cached or not. Answers of the LLM are still taken from the ledger, and fits of a search
+    /// from those that were kept.
     #[arg(long, conflicts_with = "from")]
     fresh: bool,
     /// Also write the result document to this file.

@@ -29,6 +29,9 @@ pub const ALL_USERS: &str = "all";
 /// The users with a held-out item that the LLM was asked for.
 pub const ASKED_USERS: &str = "asked";
 
+/// The tie rule of the splits: of interactions of equal time, the later row of the file is the later one.
+pub const FILE_ORDER: &str = "file order";
+
 /// How an evaluation was done; every row of the metrics says so.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Protocol {
@@ -111,7 +114,7 @@ pub fn evaluate(
                 for slice in Slice::EACH {
                     let users: Vec<usize> =
                         (0..evaluated.len()).filter(|&i| in_scope[i] && slice.has(buckets[i].as_deref())).collect();
-                    report.add(&Group { scope, slice: slice.name(), metric: &label, k }, &values, &users);
+                    report.add(&Group { scope, slice: slice.name(), metric: &label, k: Some(k) }, &values, &users);
                 }
             }
         }
@@ -238,11 +241,11 @@ fn user_buckets(
 }
 
 /// What figures are of, whatever the system.
-struct Group<'a> {
-    scope: &'a str,
-    slice: &'a str,
-    metric: &'a str,
-    k: usize,
+pub(super) struct Group<'a> {
+    pub scope: &'a str,
+    pub slice: &'a str,
+    pub metric: &'a str,
+    pub k: Option<usize>,
 }
 
 /// The rows of both tables as they come.
@@ -300,7 +303,7 @@ struct KeyColumns {
     scope: Vec<String>,
     slice: Vec<String>,
     metric: Vec<String>,
-    k: Vec<i32>,
+    k: Vec<Option<i32>>,
 }
 
 impl KeyColumns {
@@ -309,7 +312,7 @@ impl KeyColumns {
         self.scope.push(key.scope.to_owned());
         self.slice.push(key.slice.to_owned());
         self.metric.push(key.metric.to_owned());
-        self.k.push(key.k as i32);
+        self.k.push(key.k.map(|k| k as i32));
     }
 
     fn is_empty(&self) -> bool {
@@ -323,20 +326,20 @@ impl KeyColumns {
 }
 
 #[derive(Default)]
-struct MetricRows {
+pub(super) struct MetricRows {
     key: KeyColumns,
     value: Vec<f64>,
     n: Vec<i64>,
 }
 
 impl MetricRows {
-    fn push(&mut self, system: &str, group: &Group<'_>, value: f64, n: usize) {
+    pub(super) fn push(&mut self, system: &str, group: &Group<'_>, value: f64, n: usize) {
         self.key.push(system, group);
         self.value.push(value);
         self.n.push(n as i64);
     }
 
-    fn into_table(self, protocol: &Protocol) -> Result<Table> {
+    pub(super) fn into_table(self, protocol: &Protocol) -> Result<Table> {
         let rows = self.n.len();
         let same = |text: &str| Arc::new(StringArray::from_iter_values(vec![text; rows])) as ArrayRef;
         let [system, scope, slice, metric, k] = self.key.into_arrays();
@@ -360,7 +363,7 @@ impl MetricRows {
 }
 
 #[derive(Default)]
-struct ComparisonRows {
+pub(super) struct ComparisonRows {
     key: KeyColumns,
     n: Vec<i64>,
     mean: Vec<f64>,
@@ -377,7 +380,7 @@ impl ComparisonRows {
         self.p.push(test.p);
     }
 
-    fn into_table(self) -> Result<Table> {
+    pub(super) fn into_table(self) -> Result<Table> {
         let baseline = StringArray::from_iter_values(vec![RECOMMENDER; self.n.len()]);
         let [system, scope, slice, metric, k] = self.key.into_arrays();
         let arrays: Vec<ArrayRef> = vec![

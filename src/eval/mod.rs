@@ -1,6 +1,6 @@
 //! Evaluation: metrics of ranked tables against held-out items, by bucket, with a paired test.
 //!
-//! In: a ranked table (a stage's output or the published file, the same code) and the
+//! In: a ranked table (a stage's output or the published file, the same code) or predicted ratings, and the
 //! held-out items. Out: the `metrics` and `comparison` tables, and their terminal form.
 
 pub mod buckets;
@@ -8,6 +8,7 @@ pub mod evaluate;
 pub mod metrics;
 pub mod paired;
 pub mod ranking;
+pub mod ratings;
 pub mod terminal;
 
 pub use buckets::Slice;

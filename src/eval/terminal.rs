@@ -7,23 +7,23 @@ use std::collections::HashMap;
 use std::fmt::Write;
 
 use crate::columns::{
-    BASELINE, BUCKET, HISTORY_AT_TEST, MEAN_DIFFERENCE, METRIC, N, P, RANKING, SYSTEM, TIE_RULE, USERS, VALUE,
-    WEIGHTS_FIT_ON,
+    BASELINE, BUCKET, DRAWS, FILE_ORDER, HISTORY_AT_TEST, MAX, MEAN, MEAN_DIFFERENCE, METRIC, MIN, N, P, RANKING, SD,
+    SYSTEM, TIE_RULE, USERS, VALUE, WEIGHTS_FIT_ON,
 };
 use crate::error::Result;
 use crate::eval::buckets::Slice;
 use crate::eval::evaluate::{ALL_USERS, ASKED_USERS};
 use crate::tables::Table;
 
-use arrow::array::{Array, AsArray};
+use arrow::array::{Array, ArrayRef, AsArray};
 use arrow::datatypes::{DataType, Float64Type};
 
 /// The metrics that are shown where they are there.
-const SHOWN: [&str; 5] = ["Hit@3", "NDCG@3", "Hit@5", "NDCG@5", "NDCG@10"];
+const SHOWN: [&str; 7] = ["Hit@3", "NDCG@3", "Hit@5", "NDCG@5", "NDCG@10", "RMSE", "MAE"];
 /// How many are shown where none of those is there; as many as fit.
 const MOST: usize = 6;
 
-/// Renders the tables: each system over all users, then over those that the LLM was asked for,
+/// Renders the tables of one evaluation: each system over all users, then over those that the LLM was asked for,
 /// and the paired tests of NDCG (of the greatest cut-off that is shown). Columns as declared for
 /// the `evaluate` stage; an error says which is missing.
 pub fn render(metrics: &Table, comparison: &Table) -> Result<String> {
@@ -36,6 +36,10 @@ pub fn render(metrics: &Table, comparison: &Table) -> Result<String> {
         }
         let users = if n == 1 { "user" } else { "users" };
         let title = match scope {
+            // Of ratings, not of users.
+            ALL_USERS if figures.shown.iter().any(|m| m == "RMSE") => {
+                format!("All {n} held-out ratings\n{}", figures.protocol)
+            }
             ALL_USERS => format!("All {n} {users} with a held-out item\n{}", figures.protocol),
             _ => format!("The {n} {users} of them that the LLM was asked for"),
         };
@@ -147,6 +151,90 @@ fn tests(comparison: &Table, metric: &str) -> Result<String> {
         );
     }
     Ok(text)
+}
+
+/// The spread over random orders of ties, a line per metric.
+///
+/// # Errors
+/// A column is missing.
+pub fn render_ties(ties: &Table) -> Result<String> {
+    let mut table = TextTable::new();
+    table.load_preset(presets::ASCII_MARKDOWN);
+    let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
+    let head = ["ties in", FILE_ORDER, MEAN, SD, MIN, MAX];
+    table.set_header(head.map(|h| right(h.replace('_', " "))));
+    let metrics = some_text(ties.strings(METRIC)?);
+    let numbers: Vec<ArrayRef> = [FILE_ORDER, MEAN, SD, MIN, MAX]
+        .iter()
+        .map(|name| ties.column_as(name, &DataType::Float64))
+        .collect::<Result<_>>()?;
+    for (row, metric) in metrics.iter().enumerate() {
+        let mut cells = vec![Cell::new(metric)];
+        for column in &numbers {
+            let column = column.as_primitive::<Float64Type>();
+            cells.push(right(if column.is_null(row) { "-".to_owned() } else { format!("{:.4}", column.value(row)) }));
+        }
+        table.add_row(cells);
+    }
+    let draws = ties.i64s(DRAWS)?.first().copied().unwrap_or_default();
+    Ok(format!("The recommender with interactions of equal time in file order, and in {draws} random orders\n{table}"))
+}
+
+/// Mean and standard deviation over the seeds of each search, a line per search. One text per kind of metrics.
+///
+/// # Errors
+/// A column is missing.
+pub fn render_confirmed(searches: &[(String, Table)]) -> Result<Vec<String>> {
+    // (metrics, protocol) -> lines; searches of both tasks may be in one pipeline.
+    type Key = (Vec<String>, String);
+    let mut texts: Vec<(Key, TextTable)> = Vec::new();
+    for (name, confirmed) in searches {
+        let metrics = some_text(confirmed.strings(METRIC)?);
+        let values = confirmed.f64s(VALUE)?;
+        let said = |column: &str| -> Result<String> {
+            Ok(some_text(confirmed.strings(column)?).into_iter().next().unwrap_or_default())
+        };
+        let protocol = format!(
+            "known at test: {}, weights fitted on: {}, ties: {}",
+            said(HISTORY_AT_TEST)?,
+            said(WEIGHTS_FIT_ON)?,
+            said(TIE_RULE)?
+        );
+        let key = (in_order(&metrics), protocol);
+        let place = match texts.iter().position(|(k, _)| *k == key) {
+            Some(place) => place,
+            None => {
+                let mut table = TextTable::new();
+                table.load_preset(presets::ASCII_MARKDOWN);
+                let mut head = vec![Cell::new("search"), Cell::new("seeds")];
+                head.extend(key.0.iter().map(|m| Cell::new(m).set_alignment(CellAlignment::Right)));
+                table.set_header(head);
+                texts.push((key.clone(), table));
+                texts.len() - 1
+            }
+        };
+        let mut row = vec![Cell::new(name)];
+        for (n, metric) in key.0.iter().enumerate() {
+            let of: Vec<f64> = metrics.iter().zip(&values).filter(|(m, _)| *m == metric).map(|(_, v)| *v).collect();
+            if n == 0 {
+                row.push(Cell::new(of.len()));
+            }
+            let mean = of.iter().sum::<f64>() / of.len() as f64;
+            let spread = (of.len() > 1)
+                .then(|| (of.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (of.len() - 1) as f64).sqrt());
+            let text = spread.map_or(format!("{mean:.4}"), |sd| format!("{mean:.4} ({sd:.4})"));
+            row.push(Cell::new(text).set_alignment(CellAlignment::Right));
+        }
+        texts[place].1.add_row(row);
+    }
+    Ok(texts
+        .into_iter()
+        .map(|((_, protocol), table)| {
+            format!(
+                "The best setting of each search on test: mean over seeds (standard deviation)\n({protocol})\n{table}"
+            )
+        })
+        .collect())
 }
 
 fn some_text(column: Vec<Option<String>>) -> Vec<String> {

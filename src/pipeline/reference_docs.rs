@@ -1,7 +1,7 @@
 //! `docs/pipeline.md`, generated from the types that read the pipeline file.
 //!
-//! In: the schemas of the top level, of a source and of every stage kind, and each kind's
-//! sample. Out: Markdown. A test compares it with the committed file.
+//! In: the schemas of the top level, of a source, of every stage kind and of every model's hyper-parameters, and each
+//! kind's sample. Out: Markdown. A test compares it with the committed file.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -14,6 +14,7 @@ use super::schema_walk::{Shape, check, range_text};
 use super::spec::TopLevel;
 use super::validate::stage_schema;
 use crate::error::{Error, Result};
+use crate::recommenders::{BACKBONES, Backbone, Task};
 use crate::stages::{KINDS, ResolveContext, Stage, StageKind, What};
 use crate::tables::SourceConfig;
 
@@ -91,8 +92,28 @@ pub fn pipeline_markdown_of(kinds: &[StageKind]) -> String {
     for kind in kinds {
         doc.kind(kind);
     }
+    doc.line("## Models");
+    doc.line(MODELS);
+    let rows = BACKBONES.iter().map(|b| vec![format!("[`{0}`](#{0})", b.name), task(b.task).to_owned(), cell(b.about)]);
+    doc.table(&["model", "what it predicts", "about"], rows.collect());
+    for backbone in BACKBONES {
+        doc.model(backbone);
+    }
     doc.0
 }
+
+/// What a model of that task predicts, in words.
+fn task(task: Task) -> &'static str {
+    match task {
+        Task::Direct => "a ranking",
+        Task::Sequential => "the next item of a history",
+        Task::Rating => "a rating",
+    }
+}
+
+const MODELS: &str = "What `model` of a `train` or `search` stage can be, and the hyper-parameters that each model has: the keys of `hyper` in a \
+`train` stage, of `space` and `fixed` in a `search` stage. A key that a model does not have is a mistake, and so is a value outside its range. \
+Ranking models read `user_id` and `item_id`, oldest first within a user; rating models also `rating`, and the columns that `fields` names.";
 
 const INTRO: &str = "A pipeline is one TOML file: where tables come from (`sources`) and what is done with them (`stages`). Stages name each \
 other's outputs; the order of the work follows from those references, not from the order of the file. A whole small one:";
@@ -207,6 +228,31 @@ impl Doc {
             self.line("Outputs of this example, the default first:");
             self.table(&["output", "what", "meaning"], outputs);
         }
+    }
+}
+
+impl Doc {
+    /// A model's hyper-parameters with its own defaults, from the types that read them.
+    fn model(&mut self, backbone: &Backbone) {
+        self.line(&format!("### `{}`", backbone.name));
+        let head = backbone.about.trim_end_matches('.');
+        self.line(&format!("{head}. Predicts {}.", task(backbone.task)));
+        let schema = (backbone.schema)().to_value();
+        let defaults = backbone.hyper(&Value::Object(Map::new())).unwrap_or_default();
+        let shape = Shape::of(&schema, &schema);
+        let rows: Vec<Vec<String>> = shape
+            .properties()
+            .map(|(name, property)| {
+                let below = Shape::of(property, &schema);
+                let default = defaults.get(name).filter(|d| !d.is_null()).map_or_else(String::new, default_text);
+                vec![format!("`{name}`"), type_text(property, &schema), default, about(property, &below)]
+            })
+            .collect();
+        if rows.is_empty() {
+            self.line("It has no hyper-parameters.");
+            return;
+        }
+        self.table(&["hyper-parameter", "type", "default", "meaning"], rows);
     }
 }
 

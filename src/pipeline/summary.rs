@@ -112,8 +112,9 @@ pub async fn append_run(pipeline: &Pipeline, report: &RunReport, published: &[Va
         let table = output_table(pipeline, &node.record, "metrics").await?;
         let batch = table.to_batch()?;
         let run_ids: ArrayRef = Arc::new(StringArray::from(vec![report.run_id.as_str(); batch.num_rows()]));
-        let mut arrays = vec![run_ids];
-        for field in METRIC_ROWS.plain_schema().fields().iter().skip(1) {
+        let stages: ArrayRef = Arc::new(StringArray::from(vec![node.name.as_str(); batch.num_rows()]));
+        let mut arrays = vec![run_ids, stages];
+        for field in METRIC_ROWS.plain_schema().fields().iter().skip(2) {
             arrays.push(table.column_as(field.name(), field.data_type())?);
         }
         let none = arrow::datatypes::DataType::Utf8;
@@ -185,7 +186,18 @@ pub async fn texts(pipeline: &Pipeline, report: &RunReport) -> Result<Vec<String
         let metrics = output_table(pipeline, &node.record, "metrics").await?;
         let comparison = output_table(pipeline, &node.record, "comparison").await?;
         texts.push(crate::eval::terminal::render(&metrics, &comparison)?);
+        if node.record.outputs.contains_key("tie_orders") {
+            let ties = output_table(pipeline, &node.record, "tie_orders").await?;
+            texts.push(crate::eval::terminal::render_ties(&ties)?);
+        }
     }
+    let mut confirmed = Vec::new();
+    for node in of_kind(report, "search") {
+        if node.record.outputs.contains_key("confirmed") {
+            confirmed.push((node.name.clone(), output_table(pipeline, &node.record, "confirmed").await?));
+        }
+    }
+    texts.extend(crate::eval::terminal::render_confirmed(&confirmed)?);
     if let Some(text) = noticed(report) {
         texts.push(text);
     }

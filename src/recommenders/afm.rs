@@ -6,14 +6,14 @@
 //!
 //! Reference implementation: DeepCTR-Torch's `AFM`. Deviations: see [`super::rating::learner`].
 
-use burn::tensor::Tensor;
 use burn::tensor::activation::{relu, softmax};
+use burn::tensor::{Int, Tensor, TensorData};
 use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::optim::{ParamId, Params, Vars, xavier_normal};
-use super::rating::layers::{Pass, bi_interaction, penalty};
+use super::rating::layers::{Pass, bi_interaction, penalty, sum_groups};
 use super::rating::learner::{self, Common, Inputs, RatingModel, Sizes};
 use super::rating::predictor::Fitted;
 use super::rating::{RatingFit, RatingRecommender, Ratings};
@@ -118,20 +118,24 @@ impl RatingModel for Afm {
     ) -> Tensor<B, 1> {
         let [n, fields, dim] = inputs.embeddings.dims();
         let Some(Attention { w, b, h, p }) = &weights.0 else {
-            return bi_interaction(inputs.embeddings.clone()).sum_dim(1).reshape([n]);
+            return sum_groups(bi_interaction(inputs.embeddings.clone()), 1).reshape([n]);
         };
-        // The products of field i with all later ones, for each i.
-        let e = &inputs.embeddings;
-        let products = (0..fields - 1)
-            .map(|i| e.clone().slice([0..n, i..i + 1, 0..dim]) * e.clone().slice([0..n, i + 1..fields, 0..dim]))
-            .collect();
-        let products = Tensor::cat(products, 1);
-        let pairs = fields * (fields - 1) / 2;
-        let factor = self.attention_factor as usize;
-        let hidden = products.clone().reshape([n * pairs, dim]).matmul(vars.get::<2>(*w));
-        let hidden = relu(hidden + vars.get::<1>(*b).reshape([1, factor]));
-        let shares = softmax(hidden.matmul(vars.get::<2>(*h)).reshape([n, pairs]), 1);
-        let pooled = (products * shares.reshape([n, pairs, 1])).sum_dim(1).reshape([n, dim]);
+        let (pairs, factor) = (fields * (fields - 1) / 2, self.attention_factor as usize);
+        let flat = inputs.embeddings.clone().reshape([n * fields, dim]);
+        let device = flat.device();
+        // One side of each pair of each rating.
+        let side = |pick: fn((i32, i32)) -> i32| {
+            let last = fields as i32;
+            let all = (0..last).flat_map(|i| (i + 1..last).map(move |j| (i, j)));
+            let rows: Vec<i32> = (0..n as i32).flat_map(|r| all.clone().map(move |p| r * last + pick(p))).collect();
+            flat.clone().select(0, Tensor::<B, 1, Int>::from_data(TensorData::new(rows, [n * pairs]), &device))
+        };
+        let products = side(|p| p.0) * side(|p| p.1);
+        let hidden = products.clone().matmul(vars.get::<2>(*w)) + vars.get::<1>(*b).reshape([1, factor]);
+        let shares = softmax(relu(hidden).matmul(vars.get::<2>(*h)).reshape([n, pairs]), 1);
+        // Spread over the columns by a product with ones: a broadcast is slow on the CPU.
+        let shares = shares.reshape([n * pairs, 1]).matmul(Tensor::ones([1, dim], &device));
+        let pooled = sum_groups((products * shares).reshape([n, pairs * dim]), dim);
         pass.dropout(pooled, self.afm_dropout).matmul(vars.get::<2>(*p)).reshape([n])
     }
 

@@ -18,7 +18,7 @@ use super::sequential::{
     SequenceModel, SequentialScorer, Views, config, fit,
 };
 use super::trainer::Schedule;
-use super::{Fit, FitContext, Interactions, Recommender, hyper};
+use super::{Embeds, Fit, FitContext, Interactions, Recommender, hyper};
 use crate::error::{Error, Result};
 
 /// Hyper-parameters of `cl4srec`.
@@ -78,6 +78,7 @@ impl Default for Cl4SRecHyper {
                 loss: LossKind::Softmax,
                 negatives: 512,
                 negative_power: 0.75,
+                exclude_seen: false,
                 l2: 0.0,
                 weight_decay: 0.0,
                 clip_norm: 0.0,
@@ -150,7 +151,69 @@ impl Recommender for Cl4SRecHyper {
         hyper::to_json(self)
     }
 
+    fn embeds(&self) -> Embeds {
+        Embeds::Both
+    }
+
     fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {
         fit(&self.model(), data, ctx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::sequential::contract;
+    use super::*;
+
+    #[test]
+    fn loss_and_gradients_equal_pytorchs() {
+        contract::golden("cl4srec");
+    }
+
+    #[test]
+    fn a_ring_is_learned_with_each_loss() {
+        contract::over_fits("cl4srec", &json!({"cl_rate": 0.01}));
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_model_on_any_number_of_threads() {
+        for loss in ["softmax", "bce", "sampled-softmax"] {
+            contract::repeats("cl4srec", &json!({"loss": loss}));
+        }
+    }
+
+    #[test]
+    fn a_fit_that_was_stopped_ends_as_one_that_was_not() {
+        contract::resumes("cl4srec", &json!({"clip_norm": 1.0, "weight_decay": 0.1}));
+    }
+
+    #[test]
+    fn a_saved_model_is_the_same_model() {
+        contract::loads("cl4srec", &json!({"norm": "pre"}));
+        contract::loads("cl4srec", &json!({"norm": "post", "positions": "none"}));
+    }
+
+    #[test]
+    fn bad_input_is_borne() {
+        contract::bears_bad_input("cl4srec", &json!({}));
+        contract::bears_bad_input("cl4srec", &json!({"loss": "bce", "max_len": 1}));
+    }
+
+    #[test]
+    fn settings_without_effect_are_refused() {
+        let refused = |given| match (BACKBONE.make, given) {
+            (Make::Ranking { build, .. }, given) => build(given).err().map(|e| (e.fault.exit_code(), e.message)),
+            _ => None,
+        };
+        let error = refused(json!({"loss": "softmax", "negatives": 7})).unwrap();
+        assert!(error.0 == 78 && error.1.contains("`negatives`"), "{error:?}");
+        assert_eq!(refused(json!({"loss": "sampled-softmax", "negatives": 7})), None);
+        let error = refused(json!({"embedding_dim": 64, "heads": 3})).unwrap();
+        assert!(error.0 == 78 && error.1.contains("`heads`"), "{error:?}");
+        let error = refused(json!({"augmentations": ["crop"], "mask_rate": 0.2})).unwrap();
+        assert!(error.0 == 78 && error.1.contains("`mask_rate`"), "{error:?}");
+        assert!(refused(json!({"augmentations": []})).unwrap().1.contains("`augmentations`"));
     }
 }

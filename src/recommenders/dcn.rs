@@ -140,7 +140,8 @@ impl RatingModel for Dcn {
             let product = x.clone().matmul(vars.get::<2>(weight));
             let bias = vars.get::<1>(bias).reshape([1, width]);
             x = match self.cross_parameterization {
-                Cross::Vector => x0.clone() * product + bias + x,
+                // The number of each row is spread over its columns by a product: a broadcast is slow on the CPU.
+                Cross::Vector => x0.clone() * product.matmul(Tensor::ones([1, width], &x0.device())) + bias + x,
                 Cross::Matrix => x0.clone() * (product + bias) + x,
             };
         }

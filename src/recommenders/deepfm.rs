@@ -11,7 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::optim::{ParamId, Params, Vars, xavier_normal};
-use super::rating::layers::{Dnn, Mlp, Pass, bi_interaction};
+use super::rating::layers::{Dnn, Mlp, Pass, bi_interaction, sum_groups};
 use super::rating::learner::{self, Common, Inputs, RatingModel, Sizes};
 use super::rating::predictor::Fitted;
 use super::rating::{RatingFit, RatingRecommender, Ratings};
@@ -98,7 +98,7 @@ impl RatingModel for DeepFm {
         let [n, _, _] = inputs.embeddings.dims();
         let mut y = Tensor::zeros([n, 1], &inputs.embeddings.device());
         if self.use_fm {
-            y = bi_interaction(inputs.embeddings.clone()).sum_dim(1);
+            y = sum_groups(bi_interaction(inputs.embeddings.clone()), 1);
         }
         if let Some(out) = weights.out {
             y = y + weights.mlp.apply(vars, inputs.flat(), pass).matmul(vars.get::<2>(out));

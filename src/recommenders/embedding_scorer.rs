@@ -6,11 +6,9 @@
 
 use std::sync::Arc;
 
-use gemm::Parallelism;
-
 use super::graph::Propagation;
 use super::saved::{NamedTensor, Tensors};
-use super::{Embeddings, Scorer};
+use super::{Embeddings, Factors, Scorer, product};
 use crate::error::{Error, Result};
 use crate::interactions::Histories;
 
@@ -137,6 +135,11 @@ impl EmbeddingScorer {
             ))),
         }
     }
+
+    /// `[users, dim]`
+    fn rows_of(&self, users: &[u32]) -> Vec<f32> {
+        users.iter().flat_map(|&user| &self.users[user as usize * self.dim..][..self.dim]).copied().collect()
+    }
 }
 
 impl Scorer for EmbeddingScorer {
@@ -149,42 +152,12 @@ impl Scorer for EmbeddingScorer {
     }
 
     fn score(&self, users: &[u32], _history: &Histories, out: &mut [f32]) {
-        let (m, n, k) = (users.len(), self.n_items, self.dim);
-        assert_eq!(out.len(), m * n, "scores do not have the shape [users, items]");
-        let mut block = Vec::with_capacity(m * k);
-        for &user in users {
-            block.extend_from_slice(&self.users[user as usize * k..][..k]);
-        }
-        if m == 0 || n == 0 {
-            return;
-        }
-        // out [m, n] = block [m, k] x items [n, k] transposed. One thread: blocks of users are the parallel
-        // unit, and a block's scores must not depend on the number of threads.
-        // SAFETY: the three slices have exactly m * n, m * k and n * k elements, strides are those of row-major
-        // matrices, and `out` overlaps neither operand.
-        unsafe {
-            gemm::gemm(
-                m,
-                n,
-                k,
-                out.as_mut_ptr(),
-                1,
-                n as isize,
-                false,
-                block.as_ptr(),
-                1,
-                k as isize,
-                self.items.as_ptr(),
-                k as isize,
-                1,
-                0.0,
-                1.0,
-                false,
-                false,
-                false,
-                Parallelism::None,
-            );
-        }
+        // One thread: blocks of users are the parallel unit.
+        product::scores(&self.rows_of(users), &self.items, self.dim, out);
+    }
+
+    fn factors(&self, users: &[u32], _history: &Histories) -> Option<Factors<'_>> {
+        Some(Factors { dim: self.dim, users: self.rows_of(users), items: &self.items })
     }
 
     fn with_history(&self, history: &Histories) -> Option<Box<dyn Scorer>> {

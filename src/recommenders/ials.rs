@@ -20,11 +20,11 @@ use serde::{Deserialize, Serialize};
 
 use super::item_item::{Incidence, Recency, Sizes};
 use super::linear_algebra::inverse::{cholesky, invert_lower};
-use super::linear_algebra::{Matrix, Target, gram, multiply, tall_product, to_f32};
+use super::linear_algebra::{Matrix, gram, tall_product, to_f32};
 use super::optim::normal;
 use super::registry::{Backbone, Make, Task};
 use super::saved::{NamedTensor, Tensors};
-use super::{Embeddings, Fit, FitContext, Interactions, Recommender, Scorer, hyper};
+use super::{Embeddings, Embeds, Factors, Fit, FitContext, Interactions, Recommender, Scorer, hyper, product};
 use crate::error::{Error, Result};
 use crate::interactions::Histories;
 
@@ -83,6 +83,10 @@ const START: f32 = 0.01;
 impl Recommender for IalsHyper {
     fn hyper(&self) -> serde_json::Value {
         hyper::to_json(self)
+    }
+
+    fn embeds(&self) -> Embeds {
+        Embeds::Both
     }
 
     fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {
@@ -218,11 +222,18 @@ impl Scorer for IalsScorer {
     }
 
     fn score(&self, users: &[u32], history: &Histories, out: &mut [f32]) {
-        let (k, n) = (self.side.k, self.n_items());
-        let vectors = self.whitened_users(users, history);
-        let items = Matrix::new(&self.side.whitened, n, k).transposed();
-        multiply(Matrix::new(&vectors, users.len(), k), items, 1.0, Target::Replace, out, n);
+        product::scores(&self.whitened_users(users, history), &self.side.whitened, self.side.k, out);
         self.sizes.fill_unknown(users, history, out);
+    }
+
+    fn factors(&self, users: &[u32], history: &Histories) -> Option<Factors<'_>> {
+        // Who has no history is not scored by a product.
+        let known = users.iter().all(|&user| !history.of(user as usize).is_empty());
+        known.then(|| Factors {
+            dim: self.side.k,
+            users: self.whitened_users(users, history),
+            items: &self.side.whitened,
+        })
     }
 
     fn user_embeddings(&self) -> Option<Embeddings<'_>> {

@@ -26,7 +26,7 @@ use super::registry::{Backbone, Make, Task};
 use super::saved::Tensors;
 use super::sparse::SparseMatrix;
 use super::trainer::Schedule;
-use super::{Fit, FitContext, Interactions, Recommender, hyper};
+use super::{Embeds, Fit, FitContext, Interactions, Recommender, hyper};
 use crate::device::ModelBackend;
 use crate::error::Result;
 use crate::interactions::sampler::NegativeSampler;
@@ -106,6 +106,10 @@ pub(super) fn load_scorer(tensors: &Tensors, over: OverHistory, propagate_histor
 impl Recommender for LightGcnHyper {
     fn hyper(&self) -> serde_json::Value {
         hyper::to_json(self)
+    }
+
+    fn embeds(&self) -> Embeds {
+        Embeds::Both
     }
 
     fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {

@@ -22,7 +22,7 @@ use super::ranking_loss::{Draw, Loss, LossHyper, RankingLoss, Rows, View, distin
 use super::registry::{Backbone, Make, Task};
 use super::saved::Tensors;
 use super::trainer::Schedule;
-use super::{Fit, FitContext, Interactions, Recommender, hyper};
+use super::{Embeds, Fit, FitContext, Interactions, Recommender, hyper};
 use crate::device::ModelBackend;
 use crate::error::Result;
 use crate::interactions::sampler::NegativeSampler;
@@ -78,6 +78,10 @@ impl MfHyper {
 impl Recommender for MfHyper {
     fn hyper(&self) -> serde_json::Value {
         hyper::to_json(self)
+    }
+
+    fn embeds(&self) -> Embeds {
+        Embeds::Both
     }
 
     fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {

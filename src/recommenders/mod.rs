@@ -27,6 +27,7 @@ pub mod item_knn;
 pub mod lightgcn;
 pub mod linear_algebra;
 pub mod mf;
+pub mod mixgcf;
 pub mod nfm;
 pub mod ops;
 pub mod optim;
@@ -34,12 +35,14 @@ pub mod pairwise;
 #[cfg(test)]
 mod pairwise_golden;
 pub mod popularity;
+pub mod product;
 pub mod ranking_loss;
 pub mod rating;
 pub mod registry;
 pub mod sasrec;
 pub mod saved;
 pub mod sequential;
+pub mod sgl;
 pub mod sparse;
 pub mod topk;
 pub mod trainer;
@@ -118,10 +121,27 @@ pub struct Fit {
     pub best_epoch: usize,
 }
 
+/// Of what a fitted model has one vector each, so that they can be compared with each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Embeds {
+    /// Of nothing: popularity, item-item models.
+    #[default]
+    None,
+    /// Of items: sequence models, whose users are read from their histories.
+    Items,
+    /// Of users and items.
+    Both,
+}
+
 /// A backbone with its hyper-parameters, ready to learn.
 pub trait Recommender: Send + Sync {
     /// The hyper-parameters in full, defaults filled in.
     fn hyper(&self) -> serde_json::Value;
+
+    /// The embeddings that the fitted [`Scorer`] will have.
+    fn embeds(&self) -> Embeds {
+        Embeds::None
+    }
 
     /// Learns. The same data, hyper-parameters and seed give the same model on the CPU.
     ///
@@ -137,6 +157,16 @@ pub struct Embeddings<'a> {
     pub dim: usize,
     /// `[rows * dim]`.
     pub values: &'a [f32],
+}
+
+/// What [`Scorer::factors`] gives.
+pub struct Factors<'a> {
+    /// Length of a vector.
+    pub dim: usize,
+    /// `[users, dim]`, those that were asked for.
+    pub users: Vec<f32>,
+    /// `[items, dim]`, all items.
+    pub items: &'a [f32],
 }
 
 /// A fitted model.
@@ -158,6 +188,13 @@ pub trait Scorer: Send + Sync {
     /// The model as it scores once `history` is known, where that takes more than reading one user's history: a
     /// graph model propagates over the graph of `history`. `None` where [`Scorer::score`] is enough.
     fn with_history(&self, _history: &Histories) -> Option<Box<dyn Scorer>> {
+        None
+    }
+
+    /// The vectors whose products are the scores of `users` given `history`, where scores are made in that way: a
+    /// shortlist is then found without holding all scores. They must be those of [`Scorer::score`] to the bit,
+    /// which they are where that uses [`product::scores`].
+    fn factors(&self, _users: &[u32], _history: &Histories) -> Option<Factors<'_>> {
         None
     }
 

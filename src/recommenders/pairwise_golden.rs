@@ -39,6 +39,15 @@ pub struct Case {
     /// The negatives.
     #[serde(default)]
     pub draw: Vec<u32>,
+    /// `[negatives][pairs * candidates]`.
+    #[serde(default)]
+    pub candidates: Vec<Vec<u32>>,
+    /// `[negatives][pairs * hops]`.
+    #[serde(default)]
+    pub mixing_weights: Vec<Vec<f32>>,
+    /// `[views][layers][edges]`.
+    #[serde(default)]
+    pub keep: Vec<Vec<Vec<bool>>>,
     #[serde(rename = "final")]
     train_final: Option<Vec<f32>>,
     later: Option<Vec<f32>>,
@@ -57,7 +66,7 @@ impl Golden {
     pub fn check<R: PairRecommender + Recommender>(
         &self,
         recommender: impl Fn(&Value) -> R,
-        loss: impl Fn(&R::Model<Flex>, &Vars<Autodiff<Flex>>, &Golden, &Case) -> Loss,
+        loss: impl Fn(&mut R::Model<Flex>, &Vars<Autodiff<Flex>>, &Golden, &Case) -> Loss,
     ) {
         let train = Histories::from_pairs(self.users, &self.train);
         let later = Histories::from_pairs(self.users, &self.later);
@@ -68,14 +77,14 @@ impl Golden {
             let recommender = recommender(&case.hyper);
             let mut params = Params::<Flex>::new(&Default::default());
             let mut rng = ChaCha8Rng::seed_from_u64(1);
-            let model = recommender.model(&data, &mut params, &sampler, &mut rng).unwrap();
+            let mut model = recommender.model(&data, &mut params, &sampler, &mut rng).unwrap();
             let weights = params.tensors().into_iter().map(|t| {
                 let values = self.weights[&t.name].clone();
                 NamedTensor::new(&t.name, t.shape, values)
             });
             params.set(&Tensors::new(weights.collect())).unwrap();
             let vars = params.tracked();
-            let loss = loss(&model, &vars, self, case);
+            let loss = loss(&mut model, &vars, self, case);
             close(&format!("loss, {what}"), &[loss.clone().into_scalar()], &[case.loss as f32]);
             for gradient in params.gradients(loss, vars) {
                 let name = &gradient.name;

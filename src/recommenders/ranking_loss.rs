@@ -17,7 +17,7 @@ use rand::Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::ops::linear_cross_entropy;
+use super::ops::weighted_cross_entropy;
 use super::sparse::{Csr, SparseMatrix};
 use crate::device::ModelBackend;
 use crate::error::{Error, Result};
@@ -266,9 +266,8 @@ impl RankingLoss {
         let differences = SparseMatrix::<B>::new(differences, &device);
         let rows = self.ready(view.users.select(&users)) * self.inverse_temperature;
         let bias = bias.map(|bias| Tensor::from_data(TensorData::new(bias, [classes]), &device));
-        let counts = Tensor::<B, 1>::from_data(TensorData::new(counts, [n]), &device);
         let scores = (rows.clone() * differences.matmul(table.clone())).sum();
-        let entropies = (linear_cross_entropy(rows, table, bias, &first) * counts).sum();
+        let entropies = weighted_cross_entropy(rows, table, bias, &first, &counts).sum();
         (entropies + scores + offset as f32) / pairs.len() as f32
     }
 }

@@ -64,6 +64,8 @@ pub static BACKBONES: &[Backbone] = &[
     // Direct top-k.
     super::mf::BACKBONE,
     super::lightgcn::BACKBONE,
+    super::mixgcf::BACKBONE,
+    super::sgl::BACKBONE,
     // Sequential top-k.
     super::sasrec::BACKBONE,
     super::bert4rec::BACKBONE,

@@ -111,12 +111,21 @@ pub struct ModelCard {
     pub users: usize,
     /// Number of items.
     pub items: usize,
-    /// `train`: the weights have not seen the validation items.
+    /// `train`: the weights have not seen the validation items. `train+valid`: they were fitted again on both.
     pub weights_fit_on: String,
-    /// The epoch that the weights come from.
+    /// The epoch that was the best on validation; the weights have seen so many epochs.
     pub best_epoch: usize,
     /// Seed of the fit.
     pub seed: u64,
+    /// sha256 (hex) of what the weights were fitted on, as dense indices.
+    #[serde(default)]
+    pub data_sha256: String,
+    /// Figures of the fit: `valid_ndcg_10`, or `valid_rmse` of a rating model, of the best epoch.
+    #[serde(default)]
+    pub metrics: BTreeMap<String, f64>,
+    /// What stands between the values of a rating model's multi-valued columns of strings.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub separator: Option<String>,
 }
 
 /// A fitted model with the ids that its indices stand for.
@@ -144,6 +153,9 @@ impl ModelCard {
             weights_fit_on: "train".to_owned(),
             best_epoch: 0,
             seed: 0,
+            data_sha256: String::new(),
+            metrics: BTreeMap::new(),
+            separator: None,
         }
     }
 }
@@ -221,13 +233,22 @@ fn file<'a>(files: &'a BTreeMap<String, Bytes>, name: &str) -> Result<&'a Bytes>
     files.get(name).ok_or_else(|| damaged(name, "it is missing".to_owned()))
 }
 
-fn read_model(files: &BTreeMap<String, Bytes>) -> Result<Read> {
+/// The card of a model's files, of either task.
+///
+/// # Errors
+/// It is missing, damaged or of another version (exit 65).
+pub fn read_card(files: &BTreeMap<String, Bytes>) -> Result<ModelCard> {
     let card: ModelCard = serde_json::from_slice(file(files, CARD_FILE)?)
         .map_err(|e| damaged(CARD_FILE, format!("it is no model card: {e}")))?;
     if card.format != FORMAT || card.version != VERSION {
         let found = format!("it has format `{}`, version {}", card.format, card.version);
         return Err(damaged(CARD_FILE, format!("{found}; `{FORMAT}`, version {VERSION} is wanted")));
     }
+    Ok(card)
+}
+
+fn read_model(files: &BTreeMap<String, Bytes>) -> Result<Read> {
+    let card = read_card(files)?;
     let backbone = registry::find(&card.model)
         .map_err(|e| damaged(CARD_FILE, format!("{}; this program may be older than the model", e.message)))?;
     let weights = SafeTensors::deserialize(file(files, WEIGHTS_FILE)?)

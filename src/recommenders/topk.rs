@@ -5,12 +5,13 @@
 //! Order: score descending, then item index ascending. A score that is not a number is no
 //! recommendation.
 
-use std::cmp::Ordering;
+use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use rayon::prelude::*;
 
-use super::Scorer;
+use super::product::{self, Sink, TileScores, UserBlock};
+use super::{Factors, Scorer};
 use crate::error::Result;
 use crate::interactions::Histories;
 
@@ -25,53 +26,139 @@ pub struct Scored {
 
 /// Users per block: at most 64, and at most 16 MiB of scores for each thread.
 fn block_users(n_items: usize) -> usize {
-    ((1 << 22) / n_items.max(1)).clamp(1, 64)
+    ((1 << 22) / n_items.max(1)).clamp(1, product::USERS)
 }
 
-/// Better first: score descending, item ascending. Scores are never NaN here.
-fn better(a: &Scored, b: &Scored) -> Ordering {
-    b.score.total_cmp(&a.score).then(a.item.cmp(&b.item))
+/// A place as one number, the better the greater: the score's bits in an order that is that of the scores, then the
+/// item's index turned round. Scores are never NaN here, and -0 was made +0.
+fn key(item: u32, score: f32) -> u64 {
+    let bits = score.to_bits();
+    let ordered = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+    u64::from(ordered) << 32 | u64::from(!item)
 }
 
-#[derive(PartialEq)]
-struct ByPlace(Scored);
-impl Eq for ByPlace {}
-impl PartialOrd for ByPlace {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
+fn scored(key: u64) -> Scored {
+    let ordered = (key >> 32) as u32;
+    let bits = if ordered >> 31 == 1 { ordered & !(1 << 31) } else { !ordered };
+    Scored { item: !(key as u32), score: f32::from_bits(bits) }
+}
+
+/// The best `k` places so far.
+struct Best {
+    k: usize,
+    /// The worst on top.
+    heap: BinaryHeap<Reverse<u64>>,
+}
+
+impl Best {
+    fn new(k: usize, n_items: usize) -> Self {
+        Best { k, heap: BinaryHeap::with_capacity(k.min(n_items)) }
+    }
+
+    /// The score that a later item must exceed to enter; NaN while any score may.
+    fn bound(&self) -> f32 {
+        match self.heap.peek() {
+            Some(Reverse(worst)) if self.heap.len() == self.k => scored(*worst).score,
+            _ => f32::NAN,
+        }
+    }
+
+    fn offer(&mut self, item: u32, score: f32) {
+        if score.is_nan() || self.k == 0 {
+            return;
+        }
+        let key = key(item, score + 0.0); // -0 and +0 are the same score
+        if self.heap.len() < self.k {
+            self.heap.push(Reverse(key));
+        } else if let Some(mut worst) = self.heap.peek_mut()
+            && worst.0 < key
+        {
+            worst.0 = key;
+        }
+    }
+
+    fn into_list(self) -> Vec<Scored> {
+        self.heap.into_sorted_vec().into_iter().map(|key| scored(key.0)).collect()
     }
 }
-impl Ord for ByPlace {
-    /// The worst is the greatest, so that a max-heap has it on top.
-    fn cmp(&self, other: &Self) -> Ordering {
-        better(&self.0, &other.0)
-    }
-}
+
+/// Scores that are compared with the bound in one step.
+const STEP: usize = 32;
 
 /// The best `k` of one user's scores `[items]` (NaN = left out), best first.
 pub fn best_k(scores: &[f32], k: usize) -> Vec<Scored> {
-    let mut heap: BinaryHeap<ByPlace> = BinaryHeap::with_capacity(k.min(scores.len()) + 1);
-    if k == 0 {
-        return Vec::new();
-    }
-    let mut worst = f32::NEG_INFINITY;
-    for (item, &score) in scores.iter().enumerate() {
-        // -0 and +0 are the same score.
-        let place = ByPlace(Scored { item: item as u32, score: score + 0.0 });
-        if heap.len() < k {
-            if !score.is_nan() {
-                heap.push(place);
-            }
-        } else if score > worst {
-            // Later items lose ties, so only a greater score can enter a full heap.
-            heap.pop();
-            heap.push(place);
-        } else {
+    let mut best = Best::new(k, scores.len());
+    let mut bound = best.bound();
+    for (step, chunk) in scores.chunks(STEP).enumerate() {
+        // Later items lose ties, so only a greater score can enter a full heap. Without a branch per score, so
+        // that the compiler uses vectors.
+        if !bound.is_nan() && !chunk.iter().fold(false, |any, &score| any | (score > bound)) {
             continue;
         }
-        worst = heap.peek().map_or(f32::NEG_INFINITY, |p| p.0.score);
+        for (n, &score) in chunk.iter().enumerate() {
+            best.offer((step * STEP + n) as u32, score);
+        }
+        bound = best.bound();
     }
-    heap.into_sorted_vec().into_iter().map(|p| p.0).collect()
+    best.into_list()
+}
+
+/// Shortlists of a block of users out of the tiles of a product.
+struct Shortlists<'a> {
+    best: Vec<Best>,
+    bounds: [f32; product::USERS],
+    /// `[items]`: bit `u` is set where user `u` of the block has seen the item.
+    seen: &'a [u64],
+    /// A bit for each user of the block.
+    users: u64,
+}
+
+impl Sink for Shortlists<'_> {
+    fn bounds(&self) -> &[f32; product::USERS] {
+        &self.bounds
+    }
+
+    fn take(&mut self, first: usize, n: usize, scores: &TileScores, passing: &[u64; product::ITEMS]) {
+        for (i, scores) in scores[..n].iter().enumerate() {
+            let mut left = passing[i] & self.users & !self.seen[first + i];
+            while left != 0 {
+                let user = left.trailing_zeros() as usize;
+                left &= left - 1;
+                // The bound may have risen within the tile; `offer` compares again.
+                self.best[user].offer((first + i) as u32, scores[user]);
+                self.bounds[user] = self.best[user].bound();
+            }
+        }
+    }
+}
+
+/// The shortlists of a block whose scores are products. `marks [items]` is all zeros, before and after.
+fn product_lists(
+    factors: &Factors<'_>,
+    users: &[u32],
+    seen: &Histories,
+    k: usize,
+    marks: &mut [u64],
+) -> Vec<Vec<Scored>> {
+    if k == 0 || marks.is_empty() {
+        return vec![Vec::new(); users.len()];
+    }
+    for (n, &user) in users.iter().enumerate() {
+        seen.of(user as usize).iter().for_each(|&item| marks[item as usize] |= 1 << n);
+    }
+    let mut lists = Shortlists {
+        best: users.iter().map(|_| Best::new(k, marks.len())).collect(),
+        bounds: [f32::NAN; product::USERS],
+        seen: marks,
+        users: u64::MAX >> (64 - users.len()),
+    };
+    let block = UserBlock::new(&factors.users, users.len(), factors.dim);
+    product::walk(&block, factors.items, &mut lists);
+    let lists = lists.best.into_iter().map(Best::into_list).collect();
+    for &user in users {
+        seen.of(user as usize).iter().for_each(|&item| marks[item as usize] = 0);
+    }
+    lists
 }
 
 /// The best `k` items of each user of `users` (in that order) that `seen` does not hold for them,
@@ -87,17 +174,28 @@ pub fn top_k(
     on_block: &(dyn Fn(usize) -> Result<()> + Sync),
 ) -> Result<Vec<Vec<Scored>>> {
     let n_items = scorer.n_items();
+    // A block whose scores are products holds none of them; it is known by the first one, which costs little.
+    let size = match users.first().is_some_and(|u| scorer.factors(&[*u], seen).is_some()) {
+        true => product::USERS,
+        false => block_users(n_items),
+    };
     let blocks = users
-        .par_chunks(block_users(n_items))
-        .map(|block| {
-            let scores = masked_scores(scorer, block, seen, seen);
-            let lists = match n_items {
-                0 => vec![Vec::new(); block.len()],
-                _ => scores.chunks_exact(n_items).map(|row| best_k(row, k)).collect(),
-            };
-            on_block(block.len())?;
-            Ok(lists)
-        })
+        .par_chunks(size)
+        .map_init(
+            || vec![0u64; n_items],
+            |marks, block| {
+                let lists = match scorer.factors(block, seen) {
+                    Some(factors) if factors.dim > 0 => product_lists(&factors, block, seen, k, marks),
+                    _ if n_items == 0 => vec![Vec::new(); block.len()],
+                    _ => {
+                        let scores = masked_scores(scorer, block, seen, seen);
+                        scores.chunks_exact(n_items).map(|row| best_k(row, k)).collect()
+                    }
+                };
+                on_block(block.len())?;
+                Ok(lists)
+            },
+        )
         .collect::<Result<Vec<Vec<Vec<Scored>>>>>()?;
     Ok(blocks.into_iter().flatten().collect())
 }
@@ -203,6 +301,61 @@ mod tests {
             prop_assert_eq!(&best[..], &all[..k.min(all.len())]);
             for (place, scored) in all.iter().enumerate() {
                 prop_assert_eq!(rank_of(&scores, scored.item), Some(place + 1));
+            }
+        }
+    }
+
+    /// A scorer whose scores are products of small whole numbers, so that ties are common and sums exact.
+    struct Products {
+        dim: usize,
+        users: Vec<f32>,
+        items: Vec<f32>,
+    }
+    impl Scorer for Products {
+        fn n_users(&self) -> usize {
+            self.users.len() / self.dim
+        }
+        fn n_items(&self) -> usize {
+            self.items.len() / self.dim
+        }
+        fn score(&self, users: &[u32], history: &Histories, out: &mut [f32]) {
+            let factors = self.factors(users, history).unwrap();
+            product::scores(&factors.users, factors.items, self.dim, out);
+        }
+        fn factors(&self, users: &[u32], _: &Histories) -> Option<Factors<'_>> {
+            let rows = users.iter().flat_map(|&u| self.users[u as usize * self.dim..][..self.dim].to_vec());
+            Some(Factors { dim: self.dim, users: rows.collect(), items: &self.items })
+        }
+        fn tensors(&self) -> Vec<NamedTensor> {
+            Vec::new()
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn lists_of_products_equal_those_of_all_scores(
+            dim in 1usize..4,
+            users in prop::collection::vec(-2i8..3, 0..300),
+            items in prop::collection::vec(-2i8..3, 0..200),
+            k in 0usize..30,
+            pairs in prop::collection::vec((0usize..1000, 0usize..1000), 0..200),
+            odd in prop::sample::select(vec![0.5f32, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0]),
+        ) {
+            let floats = |x: &[i8]| x[..x.len() / dim * dim].iter().map(|&x| f32::from(x)).collect::<Vec<f32>>();
+            let mut scorer = Products { dim, users: floats(&users), items: floats(&items) };
+            if let Some(last) = scorer.items.last_mut() {
+                *last = odd;
+            }
+            let (n_users, n_items) = (scorer.n_users(), scorer.n_items());
+            let pairs: Vec<(u32, u32)> = pairs.iter().filter(|_| n_users * n_items > 0)
+                .map(|&(u, i)| ((u % n_users) as u32, (i % n_items) as u32)).collect();
+            let seen = Histories::from_pairs(n_users, &pairs);
+            let everyone: Vec<u32> = (0..n_users as u32).collect();
+            let lists = top_k(&scorer, &everyone, &seen, k, &|_| Ok(())).unwrap();
+            prop_assert_eq!(lists.len(), n_users);
+            for (user, list) in lists.iter().enumerate() {
+                let want = best_k(&masked_scores(&scorer, &[user as u32], &seen, &seen), k);
+                prop_assert_eq!(list, &want, "user {}", user);
             }
         }
     }

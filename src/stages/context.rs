@@ -104,6 +104,8 @@ pub trait Observer: Send + Sync {
     fn begin(&self, unit: &str, total: u64);
     /// `n` more units are done.
     fn advance(&self, n: u64);
+    /// How the work stands, in place of what was said before: beside the bar, or in the next line of a log.
+    fn status(&self, _text: &str) {}
     /// Something a person would want to know, one line.
     fn note(&self, text: &str);
 }

@@ -269,15 +269,16 @@ impl Stage for PromptStage {
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
-    use arrow::array::{AsArray, Int64Array};
+    use arrow::array::{ArrayRef, AsArray, Int64Array, StringArray};
     use serde_json::json;
+    use sha2::{Digest, Sha256};
 
     use super::super::context::{Cancel, Observer, OutputTable};
     use super::super::split::split_table;
     use super::*;
     use crate::interactions::clean::tests::log;
     use crate::interactions::split::{HistoryAtTest, Method, SplitRule};
-    use crate::tables::{IdColumn, Table};
+    use crate::tables::Table;
 
     struct Silent;
     impl Observer for Silent {

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::context::{Artifact, InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What};
 use super::registry::StageKind;
-use super::train::id_type;
+use super::train::outputs::id_type;
 use crate::columns::{ITEM_ID, REC_RANK, REC_SCORE, USER_ID};
 use crate::error::{Error, Result};
 use crate::interactions::{Histories, IdMap};
@@ -179,7 +179,10 @@ fn shortlists(
         }
     }
     progress(Event::Begin(known.len()))?;
-    let lists = topk::top_k(model.scorer.as_ref(), &known, &seen, k, &|n| progress(Event::Done(n)))?;
+    // A graph model propagates over what is known now; most models read a user's own history or none.
+    let informed = model.scorer.with_history(&seen);
+    let scorer = informed.as_deref().unwrap_or(model.scorer.as_ref());
+    let lists = topk::top_k(scorer, &known, &seen, k, &|n| progress(Event::Done(n)))?;
     let short = lists.iter().filter(|l| l.len() < k).count();
     let table = shortlist_table(&model, &known, &lists)?;
     Ok(StageResult::default()
@@ -193,7 +196,7 @@ fn shortlists(
 }
 
 /// An id column that must be of the model's type, or nothing would be found in it.
-fn ids_like(table: &Table, slot: &str, name: &str, model: &IdMap) -> Result<IdColumn> {
+pub(super) fn ids_like(table: &Table, slot: &str, name: &str, model: &IdMap) -> Result<IdColumn> {
     let ids = table.ids(name).map_err(|e| e.at(format!("input `{slot}`")))?;
     let same = ids.data_type() == model.ids().data_type();
     match same || ids.is_empty() || model.is_empty() {

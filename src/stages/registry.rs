@@ -25,8 +25,10 @@ pub struct StageKind {
 pub static KINDS: &[StageKind] = &[
     super::sql::KIND,
     super::split::KIND,
+    super::search::KIND,
     super::train::KIND,
     super::recommend::KIND,
+    super::predict::KIND,
     super::similar::KIND,
     super::prompt::KIND,
     super::rerank::KIND,

@@ -220,23 +220,37 @@ const SCOPE: ColumnSpec = column(
 );
 const SLICE: ColumnSpec =
     column(columns::BUCKET, Kind::Text, "`all`, or one third of the users: `tail`, `torso`, `head`.");
-const METRIC: ColumnSpec = column(columns::METRIC, Kind::Text, "`Hit@k` or `NDCG@k` with the cut-off, as `NDCG@10`.");
-const CUT_OFF: ColumnSpec = column(columns::K, Kind::Int32, "The cut-off of the metric.");
-const USERS_IN_MEAN: ColumnSpec = column(columns::N, Kind::Int64, "Number of users in the mean.");
+const METRIC: ColumnSpec = column(
+    columns::METRIC,
+    Kind::Text,
+    "`Hit@k` or `NDCG@k` with the cut-off, as `NDCG@10`; of predicted ratings `RMSE` and `MAE`.",
+);
+const CUT_OFF: ColumnSpec = nullable(columns::K, Kind::Int32, "The cut-off of the metric; null of one that has none.");
+const USERS_IN_MEAN: ColumnSpec =
+    column(columns::N, Kind::Int64, "Number of users in the mean; of `RMSE` and `MAE`, of ratings.");
+const FIT_ON: ColumnSpec = column(
+    columns::WEIGHTS_FIT_ON,
+    Kind::Text,
+    "What the recommender's weights were fitted on: `train`, or `train+valid` after a refit.",
+);
+const AT_TEST: ColumnSpec = column(
+    columns::HISTORY_AT_TEST,
+    Kind::Text,
+    "What was known of a user when ranking: `train+valid` or `train`. It governs recommender, N(u), LLM and neighbours alike.",
+);
 const PROTOCOL: [ColumnSpec; 4] = [
-    column(
-        columns::HISTORY_AT_TEST,
-        Kind::Text,
-        "What was known of a user when ranking: `train+valid` or `train`. It governs recommender, N(u), LLM and neighbours alike.",
-    ),
-    column(columns::WEIGHTS_FIT_ON, Kind::Text, "What the recommender's weights were fitted on."),
+    AT_TEST,
+    FIT_ON,
     column(
         columns::RANKING,
         Kind::Text,
-        "`full`: held-out items are ranked among all items that the user has not interacted with, none sampled.",
+        "`full`: held-out items are ranked among all items that the user has not interacted with, none sampled. `pairs`: held-out ratings are predicted, nothing is ranked.",
     ),
-    column(columns::TIE_RULE, Kind::Text, "Which of a user's interactions of equal time is the last: `file order`."),
+    TIES,
 ];
+
+const TIES: ColumnSpec =
+    column(columns::TIE_RULE, Kind::Text, "Which of a user's interactions of equal time is the last: `file order`.");
 
 const EVALUATION: [ColumnSpec; 11] = [
     SYSTEM,
@@ -247,7 +261,7 @@ const EVALUATION: [ColumnSpec; 11] = [
     column(
         columns::VALUE,
         Kind::Float64,
-        "Mean over the users. A user whose held-out item is not on the list counts as 0.",
+        "Mean over the users. A user whose held-out item is not on the list counts as 0. `RMSE` and `MAE` are over all held-out ratings.",
     ),
     USERS_IN_MEAN,
     PROTOCOL[0],
@@ -256,8 +270,9 @@ const EVALUATION: [ColumnSpec; 11] = [
     PROTOCOL[3],
 ];
 
-const METRICS: [ColumnSpec; 13] = [
+const METRICS: [ColumnSpec; 14] = [
     RUN_ID,
+    column(columns::STAGE, Kind::Text, "Name of the `evaluate` stage, which tells several of a pipeline apart."),
     EVALUATION[0],
     EVALUATION[1],
     EVALUATION[2],
@@ -400,6 +415,82 @@ pub static CALIBRATION_GRID: TableSpec = TableSpec {
     ],
 };
 
+/// The `tie_orders` output of `evaluate`.
+pub static EVALUATION_TIES: TableSpec = TableSpec {
+    name: "evaluate.tie_orders",
+    about: "The `tie_orders` output of the `evaluate` stage: how far the recommender's figures depend on which of a user's interactions of equal time counts as the last. Each draw orders them at random, splits anew, fits the same hyper-parameters with the same seed for as many epochs, and ranks.",
+    rows: "One row per metric.",
+    columns: &[
+        METRIC,
+        CUT_OFF,
+        column(columns::FILE_ORDER, Kind::Float64, "The figure of the model as it is, ties in file order."),
+        column(columns::MEAN, Kind::Float64, "Mean over the draws."),
+        nullable(columns::SD, Kind::Float64, "Standard deviation over the draws (of a sample); null of a single one."),
+        column(columns::MIN, Kind::Float64, "Least of the draws."),
+        column(columns::MAX, Kind::Float64, "Greatest of the draws."),
+        column(columns::DRAWS, Kind::Int32, "Number of draws."),
+        USERS_IN_MEAN,
+        AT_TEST,
+        FIT_ON,
+    ],
+};
+
+const SEED_OF_FIT: ColumnSpec =
+    column(columns::SEED, Kind::Int64, "Seed of the fit; a `train` stage with this `seed` fits the same model.");
+const VALID_NAME: ColumnSpec =
+    column(columns::VALID_METRIC, Kind::Text, "What validation measures: `NDCG@10`, or `RMSE` of a rating model.");
+const VALID_VALUE: ColumnSpec =
+    nullable(columns::VALID, Kind::Float64, "The best epoch's value; null where the fit did not end well.");
+
+/// The `trials` output of `search`.
+pub static SEARCH_TRIALS: TableSpec = TableSpec {
+    name: "search.trials",
+    about: "The `trials` output of the `search` stage: every setting that was tried, and what it came to on validation.",
+    rows: "One row per setting and seed, in the order of the trials.",
+    columns: &[
+        column(columns::TRIAL, Kind::Int32, "Number of the setting, 1-based."),
+        SEED_OF_FIT,
+        column(columns::SETTING, Kind::Text, "What was drawn from the space, as JSON."),
+        column(columns::HYPER, Kind::Text, "All hyper-parameters, as JSON."),
+        VALID_NAME,
+        VALID_VALUE,
+        nullable(
+            columns::BEST_EPOCH,
+            Kind::Int32,
+            "The best epoch on validation; null where the fit did not end well.",
+        ),
+        nullable(columns::EPOCHS, Kind::Int32, "Epochs that were run; null where the fit did not end well."),
+        column(columns::SECONDS, Kind::Float64, "Seconds of the fit."),
+        column(
+            columns::STATUS,
+            Kind::Text,
+            "`ok`, `diverged` (the loss was no longer finite) or `failed` (the model refuses the setting).",
+        ),
+        nullable(columns::MESSAGE, Kind::Text, "Why it is not `ok`."),
+        column(columns::CHOSEN, Kind::Bool, "Whether it is the setting with the best mean over its seeds."),
+    ],
+};
+
+/// The `confirmed` output of `search`.
+pub static SEARCH_CONFIRMED: TableSpec = TableSpec {
+    name: "search.confirmed",
+    about: "The `confirmed` output of the `search` stage: the best setting on test, which chose nothing. Mean and spread are a query: `select metric, avg(value), stddev(value) from X.confirmed group by metric`.",
+    rows: "One row per seed and metric.",
+    columns: &[
+        SEED_OF_FIT,
+        METRIC,
+        CUT_OFF,
+        column(columns::VALUE, Kind::Float64, "The figure on test."),
+        USERS_IN_MEAN,
+        VALID_NAME,
+        VALID_VALUE,
+        column(columns::BEST_EPOCH, Kind::Int32, "The best epoch on validation."),
+        FIT_ON,
+        AT_TEST,
+        TIES,
+    ],
+};
+
 /// The table of the rating task.
 pub static PREDICTIONS: TableSpec = TableSpec {
     name: "predictions",
@@ -435,6 +526,9 @@ pub static TABLES: &[&TableSpec] = &[
     &PREDICTIONS,
     &EVALUATION_METRICS,
     &EVALUATION_COMPARISON,
+    &EVALUATION_TIES,
+    &SEARCH_TRIALS,
+    &SEARCH_CONFIRMED,
     &CALIBRATION_GRID,
 ];
 
@@ -515,7 +609,7 @@ mod tests {
 
     #[test]
     fn tables_are_found_by_name() {
-        assert_eq!(find("metrics").map(|t| t.columns.len()), Some(13));
+        assert_eq!(find("metrics").map(|t| t.columns.len()), Some(14));
         assert!(find("metric").is_none());
     }
 }

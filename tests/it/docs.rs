@@ -97,3 +97,54 @@ fn the_example_of_the_docs_loads() {
     let order: Vec<&str> = pipeline.stages.iter().map(|s| s.name.as_str()).collect();
     assert_eq!(order, ["parts", "lightgcn", "shortlist", "with_titles", "publish"]);
 }
+
+fn shipped_pipelines() -> Vec<std::path::PathBuf> {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines");
+    let mut files = Vec::new();
+    for folder in [folder.clone(), folder.join("experiments")] {
+        let entries = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path());
+        files.extend(entries.filter(|p| p.extension().is_some_and(|e| e == "toml")));
+    }
+    files
+}
+
+#[test]
+fn the_pipelines_that_ship_load() {
+    let files = shipped_pipelines();
+    assert!(files.len() >= 6);
+    for file in files {
+        let loaded = tailfuse::pipeline::load(&file, &[], &[]);
+        loaded.unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+    }
+}
+
+/// The figures of docs/experiments.md come from these files, so that each backbone has a stage in one of them.
+#[test]
+fn every_backbone_is_in_an_experiment() {
+    let text: String = shipped_pipelines()
+        .iter()
+        .filter(|p| p.parent().unwrap().ends_with("experiments"))
+        .map(|p| std::fs::read_to_string(p).unwrap())
+        .collect();
+    for backbone in tailfuse::recommenders::BACKBONES {
+        let line = format!("\nmodel = \"{}\"\n", backbone.name);
+        assert_eq!(text.matches(&line).count(), 1, "`{}` in pipelines/experiments", backbone.name);
+    }
+}
+
+#[test]
+fn the_docs_have_every_hyper_parameter_with_its_default() {
+    let text = pipeline_markdown();
+    for backbone in tailfuse::recommenders::BACKBONES {
+        let (_, section) = text.split_once(&format!("\n### `{}`\n", backbone.name)).unwrap();
+        let section = section.split("\n### ").next().unwrap();
+        let hyper = backbone.hyper(&serde_json::json!({})).unwrap();
+        for (name, default) in hyper.as_object().unwrap() {
+            let line = section.lines().find(|l| l.starts_with(&format!("| `{name}` |")));
+            let line = line.unwrap_or_else(|| panic!("`{}` has no line `{name}`", backbone.name));
+            if default.is_number() {
+                assert!(line.contains(&format!("| `{default}` |")), "{}: {line}", backbone.name);
+            }
+        }
+    }
+}

@@ -37,6 +37,8 @@ mod similar;
 mod split_ml100k;
 // One contract for every recommender of the registry.
 mod recommenders;
+// Training, search, prediction and evaluation as stages: resumed runs, bad input, every backbone.
+mod training;
 // Figures of the recommenders on MovieLens-100K (run by hand).
 mod recommenders_ml100k;
 

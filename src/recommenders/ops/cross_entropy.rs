@@ -15,7 +15,7 @@ use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Int, Shape, Tensor, TensorData};
 
 use super::fused::{FusedBackend, Operation, Pass, lift, lower};
-use super::linear_softmax::{Gradients, Layer, losses, losses_and_gradients};
+use super::linear_softmax::{Excluded, Gradients, LEFT_OUT, Layer, losses, losses_and_gradients};
 
 /// `-ln softmax(states table' + bias)[target]` of each state.
 ///
@@ -30,11 +30,61 @@ pub fn linear_cross_entropy<B: FusedBackend>(
     bias: Option<Tensor<B, 1>>,
     targets: &[u32],
 ) -> Tensor<B, 1> {
+    linear_cross_entropy_excluding(states, table, bias, targets, None)
+}
+
+/// As [`linear_cross_entropy`] with some classes left out of each state's softmax; a target never is.
+///
+/// # Panics
+/// When the shapes do not fit, or a target or class is none (our bug).
+pub fn linear_cross_entropy_excluding<B: FusedBackend>(
+    states: Tensor<B, 2>,
+    table: Tensor<B, 2>,
+    bias: Option<Tensor<B, 1>>,
+    targets: &[u32],
+    excluded: Option<Excluded>,
+) -> Tensor<B, 1> {
+    if let Some(excluded) = &excluded {
+        let ([n, _], [classes, _]) = (states.dims(), table.dims());
+        assert!(excluded.ranges.len() == n, "{n} states and {} lists of classes", excluded.ranges.len());
+        assert!(excluded.classes.iter().all(|&c| (c as usize) < classes), "a class that is none of the {classes}");
+    }
+    let excluded = excluded.map(Arc::new);
+    run(states, table, bias, LinearSoftmax { targets: targets.into(), weights: None, excluded, dim: 0 })
+}
+
+/// The same times `weights [n]`, which are constants: `[n]`. On the CPU one pass is enough however the weights differ.
+///
+/// # Panics
+/// When the shapes do not fit or a target is no class (our bug).
+pub fn weighted_cross_entropy<B: FusedBackend>(
+    states: Tensor<B, 2>,
+    table: Tensor<B, 2>,
+    bias: Option<Tensor<B, 1>>,
+    targets: &[u32],
+    weights: &[f32],
+) -> Tensor<B, 1> {
+    assert_eq!(weights.len(), targets.len(), "one weight per state is wanted");
+    run(
+        states,
+        table,
+        bias,
+        LinearSoftmax { targets: targets.into(), weights: Some(weights.into()), excluded: None, dim: 0 },
+    )
+}
+
+fn run<B: FusedBackend>(
+    states: Tensor<B, 2>,
+    table: Tensor<B, 2>,
+    bias: Option<Tensor<B, 1>>,
+    operation: LinearSoftmax,
+) -> Tensor<B, 1> {
     let ([n, dim], [classes, width]) = (states.dims(), table.dims());
+    let targets = &operation.targets;
     assert!(n == targets.len() && dim == width && dim > 0, "{n} states of {dim} and {} targets", targets.len());
     assert!(bias.as_ref().is_none_or(|b| b.dims()[0] == classes), "a bias that is not [{classes}]");
     assert!(targets.iter().all(|&t| (t as usize) < classes), "a target that is none of the {classes} classes");
-    let operation = LinearSoftmax { targets: targets.into(), dim };
+    let operation = LinearSoftmax { dim, ..operation };
     lift(match bias {
         None => B::fused(operation, [lower(states), lower(table)]),
         Some(bias) => B::fused(operation, [lower(states), lower(table), lower(bias)]),
@@ -45,6 +95,10 @@ pub fn linear_cross_entropy<B: FusedBackend>(
 #[derive(Clone, Debug)]
 struct LinearSoftmax {
     targets: Arc<[u32]>,
+    /// Factors of the losses; 1 without.
+    weights: Option<Arc<[f32]>>,
+    /// Classes that are left out of a state's softmax, unless they are its target.
+    excluded: Option<Arc<Excluded>>,
     dim: usize,
 }
 
@@ -63,19 +117,49 @@ impl LinearSoftmax {
             let classes = bias.dims()[0];
             logits = logits + bias.reshape([1, classes]);
         }
-        log_softmax(logits, 1).gather(1, index).reshape([n]).neg()
+        if let Some(excluded) = &self.excluded {
+            let [_, classes] = logits.dims();
+            let mut out = vec![0f32; n * classes];
+            for (row, out) in out.chunks_exact_mut(classes.max(1)).enumerate() {
+                excluded.of(row).iter().for_each(|&class| out[class as usize] = LEFT_OUT);
+                out[self.targets[row] as usize] = 0.0;
+            }
+            let device = logits.device();
+            logits = logits + Tensor::from_data(TensorData::new(out, [n, classes]), &device);
+        }
+        let losses = log_softmax(logits, 1).gather(1, index).reshape([n]).neg();
+        match &self.weights {
+            None => losses,
+            Some(weights) => {
+                let weights = Tensor::<B, 1>::from_data(TensorData::new(weights.to_vec(), [n]), &losses.device());
+                losses * weights
+            }
+        }
     }
 
     fn layer<'a>(&'a self, states: &'a [f32], table: &'a [f32], bias: Option<&'a [f32]>) -> Layer<'a> {
-        Layer { states, table, bias, targets: &self.targets, dim: self.dim }
+        Layer { states, table, bias, targets: &self.targets, excluded: self.excluded.as_deref(), dim: self.dim }
+    }
+
+    fn weighted(&self, mut losses: Vec<f32>) -> Vec<f32> {
+        if let Some(weights) = &self.weights {
+            losses.iter_mut().zip(weights.iter()).for_each(|(loss, weight)| *loss *= weight);
+        }
+        losses
     }
 }
 
-/// Gradients for the upstream gradient `[n]`, given those for 1.
-fn scaled(layer: Layer<'_>, unit: Gradients, upstream: &[f32]) -> Gradients {
+/// Gradients for the upstream gradient `[n]` of losses that were weighted, given those for 1.
+fn scaled(layer: Layer<'_>, weights: Option<&[f32]>, unit: Gradients, upstream: &[f32]) -> Gradients {
     let first = upstream.first().copied().unwrap_or(0.0);
     if upstream.iter().any(|w| *w != first) {
-        return losses_and_gradients(layer, Some(upstream)).1;
+        return match weights {
+            None => losses_and_gradients(layer, Some(upstream)).1,
+            Some(weights) => {
+                let both: Vec<f32> = weights.iter().zip(upstream).map(|(w, u)| w * u).collect();
+                losses_and_gradients(layer, Some(&both)).1
+            }
+        };
     }
     let mut all = unit;
     for grad in [&mut all.states, &mut all.table, &mut all.bias] {
@@ -96,16 +180,17 @@ impl Operation<2> for LinearSoftmax {
     }
 
     fn forward(&self, [states, table]: [&[f32]; 2]) -> Vec<f32> {
-        losses(self.layer(states, table, None))
+        self.weighted(losses(self.layer(states, table, None)))
     }
 
     fn forward_saved(&self, [states, table]: [&[f32]; 2]) -> (Vec<f32>, Gradients) {
-        losses_and_gradients(self.layer(states, table, None), None)
+        let (losses, gradients) = losses_and_gradients(self.layer(states, table, None), self.weights.as_deref());
+        (self.weighted(losses), gradients)
     }
 
     fn backward(&self, pass: Pass<'_, Gradients, 2>) -> [Vec<f32>; 2] {
         let [states, table] = pass.operands;
-        let all = scaled(self.layer(states, table, None), pass.saved, pass.upstream);
+        let all = scaled(self.layer(states, table, None), self.weights.as_deref(), pass.saved, pass.upstream);
         [all.states, all.table]
     }
 }
@@ -122,16 +207,17 @@ impl Operation<3> for LinearSoftmax {
     }
 
     fn forward(&self, [states, table, bias]: [&[f32]; 3]) -> Vec<f32> {
-        losses(self.layer(states, table, Some(bias)))
+        self.weighted(losses(self.layer(states, table, Some(bias))))
     }
 
     fn forward_saved(&self, [states, table, bias]: [&[f32]; 3]) -> (Vec<f32>, Gradients) {
-        losses_and_gradients(self.layer(states, table, Some(bias)), None)
+        let (losses, gradients) = losses_and_gradients(self.layer(states, table, Some(bias)), self.weights.as_deref());
+        (self.weighted(losses), gradients)
     }
 
     fn backward(&self, pass: Pass<'_, Gradients, 3>) -> [Vec<f32>; 3] {
         let [states, table, bias] = pass.operands;
-        let all = scaled(self.layer(states, table, Some(bias)), pass.saved, pass.upstream);
+        let all = scaled(self.layer(states, table, Some(bias)), self.weights.as_deref(), pass.saved, pass.upstream);
         [all.states, all.table, all.bias]
     }
 }
@@ -166,6 +252,10 @@ mod tests {
 
     /// Losses and gradients of states, table and bias.
     fn run(case: &Case, with_bias: bool, fused: bool) -> Vec<Vec<f32>> {
+        run_excluding(case, with_bias, fused, None)
+    }
+
+    fn run_excluding(case: &Case, with_bias: bool, fused: bool, excluded: Option<Excluded>) -> Vec<Vec<f32>> {
         let [n, classes, dim] = case.shape;
         fn leaf<const D: usize>(values: &[f32], shape: [usize; D]) -> Tensor<Ad, D> {
             Tensor::from_data(TensorData::new(values.to_vec(), shape), &Default::default()).require_grad()
@@ -173,12 +263,14 @@ mod tests {
         let (states, table) = (leaf(&case.states, [n, dim]), leaf(&case.table, [classes, dim]));
         let bias = with_bias.then(|| leaf(&case.bias, [classes]));
         let loss = match fused {
-            true => linear_cross_entropy(states.clone(), table.clone(), bias.clone(), &case.targets),
-            false => LinearSoftmax { targets: case.targets.as_slice().into(), dim }.in_burn(
-                states.clone(),
-                table.clone(),
-                bias.clone(),
-            ),
+            true => {
+                linear_cross_entropy_excluding(states.clone(), table.clone(), bias.clone(), &case.targets, excluded)
+            }
+            false => {
+                let (targets, excluded) = (case.targets.as_slice().into(), excluded.map(Arc::new));
+                let operation = LinearSoftmax { targets, weights: None, excluded, dim };
+                operation.in_burn(states.clone(), table.clone(), bias.clone())
+            }
         };
         let upstream = Tensor::from_data(TensorData::new(case.upstream.clone(), [n]), &Default::default());
         let grads = (loss.clone() * upstream).sum().backward();
@@ -207,6 +299,54 @@ mod tests {
                 let case = case(shape, 1.0, uniform);
                 close(&run(&case, with_bias, true), &run(&case, with_bias, false));
             }
+        }
+    }
+
+    #[test]
+    fn classes_that_are_left_out_get_no_probability_unless_they_are_the_target() {
+        let case = case([130, 40, 9], 1.0, false);
+        // Rows share lists of 0 to 6 classes; some of them are the row's target.
+        let classes: Vec<u32> = (0..40).map(|n| n * 7 % 40).collect();
+        let ranges = (0..130u32).map(|row| (row % 30, row % 30 + row % 7)).collect();
+        let excluded = Excluded { classes, ranges };
+        assert!((0..130).any(|row| excluded.of(row).contains(&case.targets[row])));
+        let fused = run_excluding(&case, true, true, Some(excluded.clone()));
+        close(&fused, &run_excluding(&case, true, false, Some(excluded)));
+        let all = run(&case, true, true);
+        assert!(fused[0].iter().zip(&all[0]).all(|(some, all)| some <= all));
+        assert!(fused[0].iter().zip(&all[0]).any(|(some, all)| *some < 0.99 * all));
+    }
+
+    #[test]
+    fn weights_scale_each_loss_and_its_gradients() {
+        for (with_bias, uniform) in [(false, true), (true, false)] {
+            let case = case([130, 40, 9], 1.0, uniform);
+            let [n, classes, dim] = case.shape;
+            let weights: Vec<f32> = (0..n).map(|k| (k % 5) as f32).collect();
+            let run = |weighted: bool| {
+                let states =
+                    Tensor::<Ad, 2>::from_data(TensorData::new(case.states.clone(), [n, dim]), &Default::default());
+                let table = Tensor::<Ad, 2>::from_data(
+                    TensorData::new(case.table.clone(), [classes, dim]),
+                    &Default::default(),
+                );
+                let (states, table) = (states.require_grad(), table.require_grad());
+                let bias = with_bias
+                    .then(|| Tensor::from_data(TensorData::new(case.bias.clone(), [classes]), &Default::default()));
+                let factor =
+                    |x: &[f32]| Tensor::<Ad, 1>::from_data(TensorData::new(x.to_vec(), [n]), &Default::default());
+                let loss = match weighted {
+                    true => weighted_cross_entropy(states.clone(), table.clone(), bias, &case.targets, &weights),
+                    false => {
+                        linear_cross_entropy(states.clone(), table.clone(), bias, &case.targets) * factor(&weights)
+                    }
+                };
+                let grads = (loss.clone() * factor(&case.upstream)).sum().backward();
+                let host = |t: Tensor<Flex, 2>| t.into_data().to_vec().unwrap();
+                let (states, table) = (host(states.grad(&grads).unwrap()), host(table.grad(&grads).unwrap()));
+                vec![loss.into_data().to_vec().unwrap(), states, table]
+            };
+            close(&run(true), &run(false));
         }
     }
 

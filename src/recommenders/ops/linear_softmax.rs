@@ -20,9 +20,31 @@ pub struct Layer<'a> {
     pub bias: Option<&'a [f32]>,
     /// `[rows]`, each below `classes`.
     pub targets: &'a [u32],
+    /// Classes that are left out of a row's softmax, unless they are its target.
+    pub excluded: Option<&'a Excluded>,
     /// At least 1.
     pub dim: usize,
 }
+
+/// Classes that are left out, per row.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Excluded {
+    /// Lists of classes one after another; rows may share one.
+    pub classes: Vec<u32>,
+    /// `[rows]`: where in `classes` each row's list begins and ends.
+    pub ranges: Vec<(u32, u32)>,
+}
+
+impl Excluded {
+    /// The classes that are left out of a row.
+    pub fn of(&self, row: usize) -> &[u32] {
+        let (from, to) = self.ranges[row];
+        &self.classes[from as usize..to as usize]
+    }
+}
+
+/// Logit of a class that is left out.
+pub const LEFT_OUT: f32 = -1e9;
 
 /// What comes out beside the losses.
 #[derive(Clone, Debug)]
@@ -75,6 +97,10 @@ impl Layer<'_> {
                 logits.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
             }
             let target = logits[self.targets[first + n] as usize];
+            if let Some(excluded) = self.excluded {
+                excluded.of(first + n).iter().for_each(|&class| logits[class as usize] = LEFT_OUT);
+                logits[self.targets[first + n] as usize] = target;
+            }
             let top = greatest(logits);
             let sum = exponentials(logits, top);
             row(n, logits, sum, sum.ln() + (top - target));

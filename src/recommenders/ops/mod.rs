@@ -21,9 +21,10 @@ mod widest;
 mod checks;
 
 pub use attention::{AttentionMask, attention};
-pub use cross_entropy::linear_cross_entropy;
+pub use cross_entropy::{linear_cross_entropy, linear_cross_entropy_excluding, weighted_cross_entropy};
 pub use dropout::dropout;
 pub use fused::{FusedBackend, Operation, Pass, Tape};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub use linear_softmax::Excluded;

@@ -50,7 +50,7 @@ pub fn check<M: RatingModel>(name: &str, parse: fn(Value) -> Result<M>) {
     let cases: Vec<Value> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let (set, users, items, rows, ratings) = tiny();
     let layout = Layout::new(&set);
-    let batch = layout.batch(&users, &items, &rows, &[0, 1, 2, 3, 4]);
+    let batch = layout.batch((&users, &items, &rows), &[0, 1, 2, 3, 4], &mut layout.scratch());
     for (n, case) in cases.iter().enumerate() {
         let what = format!("{name}, case {n}");
         let model = parse(case["hyper"].clone()).unwrap();

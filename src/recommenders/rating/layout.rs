@@ -34,15 +34,26 @@ pub struct Layout {
 pub struct Batch {
     /// Number of ratings.
     pub n: usize,
-    /// Rows of the table: `[n, singles]` one after another, then the values of the lists.
+    /// The rows of the table that occur, ascending and distinct.
     pub rows: Vec<u32>,
-    /// For each value of a list where it is added: `rating * multis + field`.
-    pub owners: Vec<i32>,
-    /// For each value of a list its share of the mean: 1 / length of the list.
+    /// How often each of them occurs.
+    pub counts: Vec<f32>,
+    /// `[n * fields + 1]`: where the values of each rating's fields begin in `places`.
+    pub offsets: Vec<usize>,
+    /// Places in `rows`, ascending within a field.
+    pub places: Vec<u32>,
+    /// For each of `places` its share of the mean: 1 / number of values.
     pub shares: Vec<f32>,
     /// `[n, denses]`, standardised.
     pub dense: Vec<f32>,
 }
+
+/// Memory that batches share: for each row of the table its place in the current batch.
+#[derive(Clone, Debug)]
+pub struct Scratch(Vec<u32>);
+
+/// No place.
+const NONE: u32 = u32::MAX;
 
 impl Layout {
     /// The layout of `fields`.
@@ -99,44 +110,76 @@ impl Layout {
         self.dense.len()
     }
 
+    /// Memory for [`Layout::batch`].
+    pub fn scratch(&self) -> Scratch {
+        Scratch(vec![NONE; self.rows])
+    }
+
     /// The batch of the rows at `places`. The rows must have passed [`FieldSet::check`].
-    pub fn batch(&self, users: &Entities, items: &Entities, rows: &Rows, places: &[u32]) -> Batch {
+    pub fn batch(&self, data: (&Entities, &Entities, &Rows), places: &[u32], scratch: &mut Scratch) -> Batch {
+        let (users, items, rows) = data;
         let n = places.len();
-        let mut batch =
-            Batch { n, rows: Vec::with_capacity(n * (self.singles() + 4 * self.multis())), ..Batch::default() };
-        // Which entry of a side's columns a rating reads.
-        let entry = |side: Side, place: usize| match side {
-            Side::User => (&users.values, rows.user[place] as usize),
-            Side::Item => (&items.values, rows.item[place] as usize),
-            Side::Row => (&rows.values, place),
-        };
+        let values = n * (self.singles() + 4 * self.multis());
+        let mut batch = Batch { n, places: Vec::with_capacity(values), ..Batch::default() };
+        batch.offsets.reserve(n * self.categorical() + 1);
+        batch.offsets.push(0);
+        let seen = &mut scratch.0;
         for &place in places {
             let place = place as usize;
-            batch.rows.push(users.ids[rows.user[place] as usize]);
-            batch.rows.push(self.first_item() as u32 + items.ids[rows.item[place] as usize]);
-            for field in &self.single {
-                let (values, at) = entry(field.side, place);
-                if let Values::Single(v) = &values[field.column] {
-                    batch.rows.push(field.first + v[at]);
+            // Which entry of a side's columns a rating reads.
+            let entry = |side: Side| match side {
+                Side::User => (&users.values, rows.user[place] as usize),
+                Side::Item => (&items.values, rows.item[place] as usize),
+                Side::Row => (&rows.values, place),
+            };
+            let ids =
+                [users.ids[rows.user[place] as usize], self.first_item() as u32 + items.ids[rows.item[place] as usize]];
+            let single = |field: &Place| {
+                let (values, at) = entry(field.side);
+                match &values[field.column] {
+                    Values::Single(v) => field.first + v[at],
+                    _ => field.first,
                 }
+            };
+            for row in ids.into_iter().chain(self.single.iter().map(single)) {
+                batch.places.push(row);
+                batch.shares.push(1.0);
+                batch.offsets.push(batch.places.len());
+            }
+            for field in &self.multi {
+                let (values, at) = entry(field.side);
+                if let Values::Multi { offsets, values } = &values[field.column] {
+                    let list = &values[offsets[at] as usize..offsets[at + 1] as usize];
+                    batch.places.extend(list.iter().map(|v| field.first + v));
+                    batch.shares.resize(batch.places.len(), 1.0 / list.len() as f32);
+                }
+                batch.offsets.push(batch.places.len());
             }
             for &(side, column) in &self.dense {
-                let (values, at) = entry(side, place);
+                let (values, at) = entry(side);
                 if let Values::Dense(v) = &values[column] {
                     batch.dense.push(v[at]);
                 }
             }
         }
-        for (b, &place) in places.iter().enumerate() {
-            for (m, field) in self.multi.iter().enumerate() {
-                let (values, at) = entry(field.side, place as usize);
-                if let Values::Multi { offsets, values } = &values[field.column] {
-                    let list = &values[offsets[at] as usize..offsets[at + 1] as usize];
-                    batch.rows.extend(list.iter().map(|v| field.first + v));
-                    batch.owners.extend(list.iter().map(|_| (b * self.multis() + m) as i32));
-                    batch.shares.extend(list.iter().map(|_| 1.0 / list.len() as f32));
-                }
+        // `places` are rows of the table so far.
+        for &row in &batch.places {
+            if seen[row as usize] == NONE {
+                seen[row as usize] = 0;
+                batch.rows.push(row);
             }
+        }
+        batch.rows.sort_unstable();
+        for (n, &row) in batch.rows.iter().enumerate() {
+            seen[row as usize] = n as u32;
+        }
+        batch.counts.resize(batch.rows.len(), 0.0);
+        for place in &mut batch.places {
+            *place = seen[*place as usize];
+            batch.counts[*place as usize] += 1.0;
+        }
+        for &row in &batch.rows {
+            seen[row as usize] = NONE;
         }
         batch
     }
@@ -167,10 +210,16 @@ mod tests {
         assert_eq!((layout.singles(), layout.multis(), layout.denses(), layout.first_item()), (4, 1, 1, 3));
         // Users 0..3, items 3..7, genres 7..10, ages 10..12, days 12..15.
         assert_eq!(layout.rows(), 15);
-        let batch = layout.batch(&users, &items, &rows, &[2, 0, 1]);
-        assert_eq!(batch.rows, [1, 6, 11, 12, 1, 4, 11, 13, 2, 3, 10, 14, 9, 8, 9, 7]);
-        assert_eq!(batch.owners, [0, 1, 1, 2]);
-        assert_eq!(batch.shares, [1.0, 0.5, 0.5, 1.0]);
-        assert!(batch.dense[0].abs() < 1e-6 && batch.dense[1] < 0.0 && batch.dense[2] > 0.0);
+        let mut scratch = layout.scratch();
+        for _ in 0..2 {
+            let batch = layout.batch((&users, &items, &rows), &[2, 0, 1], &mut scratch);
+            let rows: Vec<u32> = batch.places.iter().map(|&p| batch.rows[p as usize]).collect();
+            assert_eq!(rows, [1, 6, 11, 12, 9, 1, 4, 11, 13, 8, 9, 2, 3, 10, 14, 7]);
+            assert_eq!(batch.offsets, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16]);
+            assert!(batch.rows.is_sorted());
+            assert_eq!(batch.counts, [2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 1.0, 2.0, 1.0, 1.0, 1.0]);
+            assert_eq!((batch.shares[8], batch.shares[9], batch.shares[10]), (1.0, 0.5, 0.5));
+            assert!(batch.dense[0].abs() < 1e-6 && batch.dense[1] < 0.0 && batch.dense[2] > 0.0);
+        }
     }
 }

@@ -13,7 +13,7 @@
 
 use burn::backend::Autodiff;
 use burn::tensor::backend::Backend;
-use burn::tensor::{ElementConversion, IndexingUpdateOp, Int, Tensor, TensorData};
+use burn::tensor::{ElementConversion, Tensor, TensorData};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -21,13 +21,14 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::layers::Pass;
-use super::layout::{Batch, Layout};
+use super::layout::{Batch, Layout, Scratch};
 use super::predictor::Fitted;
 use super::{Predictor, RatingFit, Ratings, rmse};
 use crate::device::{ModelBackend, OnBackend};
 use crate::error::Result;
 use crate::recommenders::optim::{Adam, ParamId, Params, Vars, normal};
 use crate::recommenders::saved::{NamedTensor, Tensors};
+use crate::recommenders::sparse::{Csr, SparseMatrix};
 use crate::recommenders::trainer::{self, Learner, Schedule, epoch_rng};
 use crate::recommenders::{FitContext, Watch};
 
@@ -129,12 +130,11 @@ pub struct Network<M: RatingModel, B: Backend> {
     linear: ParamId,
     embeddings: ParamId,
     dense: Option<ParamId>,
-    singles: usize,
-    multis: usize,
+    fields: usize,
     denses: usize,
 }
 
-/// The rows of the two tables that a batch reads: `[values, 1]` and `[values, dim]`.
+/// The rows of the two tables that a batch reads: `[rows, 1]` and `[rows, dim]`.
 type Read<B> = (Tensor<B, 2>, Tensor<B, 2>);
 
 impl<M: RatingModel, B: ModelBackend> Network<M, B> {
@@ -156,8 +156,7 @@ impl<M: RatingModel, B: ModelBackend> Network<M, B> {
             linear,
             embeddings,
             dense,
-            singles: layout.singles(),
-            multis: layout.multis(),
+            fields: sizes.fields,
             denses: layout.denses(),
         }
     }
@@ -170,38 +169,23 @@ impl<M: RatingModel, B: ModelBackend> Network<M, B> {
         batch: &Batch,
         pass: &mut Pass<C>,
     ) -> (Tensor<C, 1>, Read<C>) {
-        let n = batch.n;
+        let (n, fields) = (batch.n, self.fields);
         let linear = vars.rows(self.linear, &batch.rows);
         let embeddings = vars.rows(self.embeddings, &batch.rows);
+        let dim = embeddings.dims()[1];
         let device = embeddings.device();
+        // Lists are pooled and rows repeated by one sparse product.
+        let (offsets, places, shares) = (batch.offsets.clone(), batch.places.clone(), batch.shares.clone());
+        let pool = SparseMatrix::new(Csr::from_rows(batch.rows.len(), offsets, places, shares), &device);
         let dense = (self.denses > 0)
             .then(|| Tensor::from_data(TensorData::new(batch.dense.clone(), [n, self.denses]), &device));
-        let mut sum = vars.get::<1>(self.bias) + self.pooled(linear.clone(), batch).sum_dim(1).reshape([n]);
+        let terms = pool.matmul(linear.clone()).reshape([n, fields]);
+        let mut sum = vars.get::<1>(self.bias) + terms.matmul(Tensor::ones([fields, 1], &device)).reshape([n]);
         if let (Some(x), Some(id)) = (&dense, self.dense) {
             sum = sum + x.clone().matmul(vars.get::<2>(id)).reshape([n]);
         }
-        let inputs = Inputs { embeddings: self.pooled(embeddings.clone(), batch), dense };
+        let inputs = Inputs { embeddings: pool.matmul(embeddings.clone()).reshape([n, fields, dim]), dense };
         (sum + self.model.forward(&self.own, vars, &inputs, pass), (linear, embeddings))
-    }
-
-    /// Rows as read `[values, d]` -> one per field `[batch, fields, d]`.
-    fn pooled<C: Backend>(&self, read: Tensor<C, 2>, batch: &Batch) -> Tensor<C, 3> {
-        let ([values, dim], n) = (read.dims(), batch.n);
-        let first = n * self.singles;
-        if self.multis == 0 {
-            return read.reshape([n, self.singles, dim]);
-        }
-        let device = read.device();
-        let singles = read.clone().slice([0..first, 0..dim]).reshape([n, self.singles, dim]);
-        let shares = Tensor::<C, 2>::from_data(TensorData::new(batch.shares.clone(), [values - first, 1]), &device);
-        let owners = Tensor::<C, 1, Int>::from_data(TensorData::new(batch.owners.clone(), [values - first]), &device);
-        let lists = Tensor::<C, 2>::zeros([n * self.multis, dim], &device).select_assign(
-            0,
-            owners,
-            read.slice([first..values, 0..dim]) * shares,
-            IndexingUpdateOp::Add,
-        );
-        Tensor::cat(vec![singles, lists.reshape([n, self.multis, dim])], 1)
     }
 
     /// Loss `[1]` of a batch with `ratings [batch]`.
@@ -219,7 +203,10 @@ impl<M: RatingModel, B: ModelBackend> Network<M, B> {
         let common = self.model.common();
         for (read, weight) in [(linear, common.l2_reg_linear), (embeddings, common.l2_reg_embedding)] {
             if weight > 0.0 {
-                loss = loss + (read.clone() * read).sum() * (weight / n as f64);
+                let [rows, dim] = read.dims();
+                let squares = (read.clone() * read).matmul(Tensor::ones([dim, 1], &loss.device()));
+                let counts = Tensor::from_data(TensorData::new(batch.counts.clone(), [1, rows]), &loss.device());
+                loss = loss + counts.matmul(squares).reshape([1]) * (weight / n as f64);
             }
         }
         match self.model.penalty(&self.own, vars) {
@@ -263,6 +250,7 @@ impl<M: RatingModel> OnBackend for Task<'_, M> {
             range: if n == 0 { [f32::NEG_INFINITY, f32::INFINITY] } else { range },
             adam: Adam::new(model.common().schedule.learning_rate),
             network,
+            scratch: layout.scratch(),
             layout,
             data,
         };
@@ -281,8 +269,9 @@ fn forget_unseen<M: RatingModel, B: ModelBackend>(
 ) -> Result<()> {
     let mut seen = vec![false; layout.rows()];
     let places: Vec<u32> = (0..data.train.len() as u32).collect();
+    let mut scratch = layout.scratch();
     for chunk in places.chunks(1 << 16) {
-        let batch = layout.batch(data.users, data.items, data.train, chunk);
+        let batch = layout.batch((data.users, data.items, data.train), chunk, &mut scratch);
         batch.rows.iter().for_each(|&row| seen[row as usize] = true);
     }
     let mut tensors = network.params.tensors();
@@ -301,6 +290,7 @@ struct RatingLearner<'a, M: RatingModel, B: ModelBackend> {
     adam: Adam,
     network: Network<M, B>,
     layout: Layout,
+    scratch: Scratch,
     data: &'a Ratings<'a>,
 }
 
@@ -315,7 +305,7 @@ impl<M: RatingModel, B: ModelBackend> Learner for RatingLearner<'_, M, B> {
         let size = self.network.model.common().schedule.batch_size as usize;
         for (step, places) in order.chunks(size).enumerate() {
             watch.check()?;
-            let batch = self.layout.batch(data.users, data.items, data.train, places);
+            let batch = self.layout.batch((data.users, data.items, data.train), places, &mut self.scratch);
             let ratings = places.iter().map(|&p| data.train_ratings[p as usize]).collect();
             let mut pass = Pass::<Autodiff<B>>::training(self.seed, number, step);
             let vars = self.network.params.tracked();

@@ -80,8 +80,9 @@ impl<M: RatingModel> Predictor for Fitted<M> {
         let [low, high] = self.range;
         let mut all = Vec::with_capacity(rows.len());
         let places: Vec<u32> = (0..rows.len() as u32).collect();
+        let mut scratch = self.layout.scratch();
         for block in places.chunks(BLOCK) {
-            let batch = self.layout.batch(users, items, rows, block);
+            let batch = self.layout.batch((users, items, rows), block, &mut scratch);
             let (predicted, _) = network.forward(&vars, &batch, &mut Pass::prediction());
             all.extend(predicted.into_data().iter::<f32>().map(|x| x.clamp(low, high)));
         }

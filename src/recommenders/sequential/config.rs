@@ -125,6 +125,9 @@ pub struct OptimizerHyper {
     /// `loss = "sampled-softmax"` only. Default 0.75 (word2vec).
     #[schemars(range(min = 0.0, max = 2.0))]
     pub negative_power: f64,
+    /// Whether items that the user has seen (in a causal model: before the position) are left out of the softmax, as they
+    /// are left out of the ranking; used by `loss = "softmax"` only. The papers leave them in.
+    pub exclude_seen: bool,
     /// Weight of the L2 term: half the mean square length of the batch's item embeddings. SELFRec's `reg.lambda`: 0.0001
     /// (there on the norm of the whole table divided by its rows).
     #[schemars(range(min = 0.0, max = 10.0))]
@@ -211,6 +214,7 @@ mod tests {
             loss: LossKind::Softmax,
             negatives: 512,
             negative_power: 0.75,
+            exclude_seen: false,
             l2: 0.0,
             weight_decay: 0.0,
             clip_norm: 0.0,

@@ -8,6 +8,7 @@ use burn::tensor::{ElementConversion, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::super::ops::Excluded;
 use super::super::optim::{Adam, Params};
 use super::super::pairwise::validation_ndcg;
 use super::super::saved::{NamedTensor, Tensors};
@@ -214,7 +215,7 @@ impl<'a> Source<'a> {
         let negatives = match (&self.own, &self.shared) {
             (Some(sampler), _) => Negatives::Own(own_negatives(&mut batch, sampler, rng)),
             (_, Some(sampler)) => sampler.draw(self.model.optimizer.negatives as usize, &batch.targets, rng),
-            _ => Negatives::All,
+            _ => Negatives::All(self.model.optimizer.exclude_seen.then(|| self.seen(&batch, windows))),
         };
         let contrast = self.model.views.as_ref().map(|views| {
             let mut both = Vec::with_capacity(2 * batch.lengths.len());
@@ -226,6 +227,31 @@ impl<'a> Source<'a> {
             Contrast { views: Batch::padded(&both), weight: views.weight, temperature: views.temperature }
         });
         Step { batch, negatives, contrast, l2: self.model.optimizer.l2 }
+    }
+}
+
+impl Source<'_> {
+    /// What the user of each target has seen: in a causal model what came before, in a Cloze model all the history.
+    fn seen(&self, batch: &Batch, windows: &[Window]) -> Excluded {
+        let mut seen = Excluded::default();
+        let mut begins = Vec::with_capacity(windows.len());
+        let causal = self.model.objective == Objective::Causal;
+        for window in windows {
+            begins.push(seen.classes.len() as u32);
+            let history = self.data.train.of(window.user as usize);
+            let until = if causal { window.to as usize } else { history.len() };
+            seen.classes.extend_from_slice(&history[..until]);
+        }
+        let range = |&place: &u32| {
+            let (n, t) = (place as usize / batch.length, place % batch.length as u32);
+            let until = match causal {
+                true => begins[n] + windows[n].from + t + 1,
+                false => begins.get(n + 1).map_or(seen.classes.len() as u32, |&next| next),
+            };
+            (begins[n], until)
+        };
+        seen.ranges = batch.places.iter().map(range).collect();
+        seen
     }
 }
 
@@ -242,4 +268,111 @@ fn own_negatives(batch: &mut Batch, sampler: &NegativeSampler, rng: &mut ChaCha8
     }
     (batch.places, batch.targets) = (places, targets);
     negatives
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::registry;
+    use super::*;
+    use crate::interactions::Histories;
+
+    /// Users 0 to 3 with 5, 12, 1 and 6 interactions of 20 items; user 3 repeats one.
+    fn train() -> Histories {
+        let one = |u: u32, items: &[u32]| items.iter().map(|&i| (u, i)).collect::<Vec<_>>();
+        let all = [
+            one(0, &[4, 2, 9, 11, 3]),
+            one(1, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]),
+            one(2, &[5]),
+            one(3, &[7, 8, 7, 1, 7, 2]),
+        ];
+        Histories::from_pairs(4, &all.concat())
+    }
+
+    fn model(objective: Objective, loss: LossKind) -> SequenceModel {
+        let defaults = registry::find("sasrec").unwrap().recommender(&serde_json::json!({})).unwrap().hyper();
+        let mut optimizer: OptimizerHyper = hyper_part(&defaults);
+        (optimizer.loss, optimizer.exclude_seen, optimizer.schedule.batch_size) = (loss, true, 3);
+        let encoder = EncoderHyper { max_len: 4, ..hyper_part(&defaults) };
+        SequenceModel { objective, encoder, optimizer, views: None }
+    }
+
+    fn hyper_part<T: serde::de::DeserializeOwned>(full: &serde_json::Value) -> T {
+        serde_json::from_value(full.clone()).unwrap()
+    }
+
+    #[test]
+    fn negatives_of_a_target_are_unseen_in_train_and_held_out_items_are_among_them() {
+        let train = train();
+        let data = Interactions { n_users: 4, n_items: 20, train: &train, valid: &[(0, 19)] };
+        let model = model(Objective::Causal, LossKind::Bce);
+        let source = Source::new(&model, &data, 3);
+        let mut held_out = 0;
+        for epoch in 1..60 {
+            for (_, step, _) in source.steps(epoch) {
+                let Negatives::Own(negatives) = &step.negatives else { panic!("not one for each") };
+                assert_eq!(negatives.len(), step.batch.targets.len());
+                for (&place, &negative) in step.batch.places.iter().zip(negatives) {
+                    let user = step.batch.user_of(place);
+                    assert!(!train.of(user as usize).contains(&negative));
+                    held_out += u32::from(user == 0 && negative == 19);
+                }
+            }
+        }
+        // 59 epochs with 4 targets of user 0, one of 15 unseen items each: 16 expected.
+        assert!((6..30).contains(&held_out), "{held_out}");
+    }
+
+    #[test]
+    fn targets_of_users_who_have_seen_everything_are_left_out() {
+        let train = Histories::from_pairs(2, &[(0, 0), (0, 1), (1, 1), (1, 1)]);
+        let data = Interactions { n_users: 2, n_items: 2, train: &train, valid: &[] };
+        let model = model(Objective::Causal, LossKind::Bce);
+        let source = Source::new(&model, &data, 3);
+        let steps: Vec<Step> = source.steps(1).map(|s| s.1).collect();
+        assert_eq!((steps.len(), steps[0].batch.targets.as_slice()), (1, &[1][..]));
+        assert_eq!(steps[0].negatives, Negatives::Own(vec![0]));
+    }
+
+    #[test]
+    fn what_a_user_has_seen_before_a_target_is_excluded() {
+        let train = train();
+        let data = Interactions { n_users: 4, n_items: 20, train: &train, valid: &[] };
+        let cloze = Objective::Cloze { mask_share: 0.5, last_only: 0.2, passes: 2 };
+        for objective in [Objective::Causal, cloze] {
+            let model = model(objective, LossKind::Softmax);
+            let source = Source::new(&model, &data, 3);
+            for (_, step, _) in source.steps(2) {
+                let Negatives::All(Some(excluded)) = &step.negatives else { panic!("nothing is excluded") };
+                for (n, (&place, target)) in step.batch.places.iter().zip(&step.batch.targets).enumerate() {
+                    let history = train.of(step.batch.user_of(place) as usize);
+                    let seen = excluded.of(n);
+                    match objective {
+                        Objective::Causal => {
+                            assert_eq!(seen, &history[..seen.len()]);
+                            assert_eq!(history[seen.len()], *target);
+                        }
+                        Objective::Cloze { .. } => assert_eq!(seen, history),
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn steps_are_a_function_of_seed_and_epoch() {
+        let train = train();
+        let data = Interactions { n_users: 4, n_items: 20, train: &train, valid: &[] };
+        for (objective, loss) in [
+            (Objective::Causal, LossKind::Bce),
+            (Objective::Causal, LossKind::SampledSoftmax),
+            (Objective::Cloze { mask_share: 0.3, last_only: 0.1, passes: 2 }, LossKind::Softmax),
+        ] {
+            let model = model(objective, loss);
+            let steps = |seed, epoch| Source::new(&model, &data, seed).steps(epoch).collect::<Vec<_>>();
+            assert_eq!(steps(1, 4), steps(1, 4));
+            assert_ne!(steps(1, 4), steps(2, 4));
+            // The progress is in epochs; what is learned differs too.
+            assert!(steps(1, 4)[0].0 == 3.0 && steps(1, 4)[0].1 != steps(1, 5)[0].1);
+        }
+    }
 }

@@ -3,7 +3,8 @@
 //! In: an [`Encoder`] with its weights, a [`Step`] (sequences, targets, negatives, views). Out: one number.
 //!
 //! * `bce`: mean over targets of `-ln sigmoid(y_t) - ln sigmoid(-y_j)`, j a negative of its own (arXiv 1808.09781, eq. 7).
-//! * `softmax`: mean over targets of `-ln softmax(y)_t` over all items (arXiv 1904.06690, eq. 8).
+//! * `softmax`: mean over targets of `-ln softmax(y)_t` over all items (arXiv 1904.06690, eq. 8), or over those that
+//!   the user has not seen, which are those that are ranked.
 //! * `sampled-softmax`: the same over the target and shared negatives j with logits `y - ln(n q)`, n draws from the
 //!   distribution q (Bengio and Senecal 2008). A negative that is the target itself is left out for that target.
 //! * views: NT-Xent with cosine similarity, over the 2N views of a batch (arXiv 2010.14395, eq. 2 and 9).
@@ -12,7 +13,7 @@ use burn::tensor::activation::{log_sigmoid, log_softmax};
 use burn::tensor::{Int, Tensor, TensorData};
 use rand::Rng;
 
-use super::super::ops::linear_cross_entropy;
+use super::super::ops::{Excluded, linear_cross_entropy_excluding};
 use super::super::optim::Vars;
 use super::batches::Batch;
 use super::encoder::{Dropout, Encoder};
@@ -25,8 +26,8 @@ const LEFT_OUT: f32 = -1e9;
 /// Items that stand against the targets.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Negatives {
-    /// The whole catalogue.
-    All,
+    /// The whole catalogue, but what is excluded for a target.
+    All(Option<Excluded>),
     /// One of its own for each target, `[targets]`.
     Own(Vec<u32>),
     /// The same ones for all targets.
@@ -74,7 +75,7 @@ enum Items<B: ModelBackend> {
 impl<B: ModelBackend> Items<B> {
     fn read(encoder: &Encoder, vars: &Vars<B>, step: &Step) -> Self {
         let more: &[u32] = match &step.negatives {
-            Negatives::All => return Items::Whole(vars.get::<2>(encoder.items)),
+            Negatives::All(_) => return Items::Whole(vars.get::<2>(encoder.items)),
             Negatives::Own(items) | Negatives::Shared { items, .. } => items,
         };
         let views = step.contrast.as_ref().map_or(&[][..], |c| &c.views.inputs);
@@ -128,14 +129,14 @@ pub fn step_loss<B: ModelBackend>(
         }
     };
     let mut loss = match &step.negatives {
-        Negatives::All => {
+        Negatives::All(excluded) => {
             // The mask, if there is one, is the last row and no item.
             let table = match encoder.shape().mask_row {
                 true => vars.get::<2>(encoder.items).slice([0..encoder.shape().n_items]),
                 false => vars.get::<2>(encoder.items),
             };
             let bias = encoder.bias.map(|bias| vars.get::<1>(bias));
-            linear_cross_entropy(states.clone(), table, bias, &batch.targets).mean()
+            linear_cross_entropy_excluding(states.clone(), table, bias, &batch.targets, excluded.clone()).mean()
         }
         Negatives::Own(negatives) => {
             let (yes, no) = (score(&batch.targets), score(negatives));
@@ -226,5 +227,46 @@ impl SharedSampler {
             target_logs: targets.iter().map(|&i| log(i)).collect(),
             items,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Flex;
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    #[test]
+    fn shared_negatives_follow_the_power_of_their_frequency_and_none_is_impossible() {
+        // Item 0 occurs 15 times, item 1 three times, item 2 (held out) never.
+        let pairs: Vec<(u32, u32)> = (0..18).map(|n| (0, u32::from(n >= 15))).collect();
+        let sampler = SharedSampler::new(&Histories::from_pairs(1, &pairs), 3, 0.5);
+        let n = 70_000;
+        let drawn = sampler.draw(n, &[2, 0], &mut ChaCha8Rng::seed_from_u64(1));
+        let Negatives::Shared { items, negative_logs, target_logs } = drawn else { panic!("not shared") };
+        // Weights 4, 2 and 1 of 7.
+        for (item, share) in [(0u32, 4.0), (1, 2.0), (2, 1.0)] {
+            let count = items.iter().filter(|&&i| i == item).count() as f64;
+            assert!((count - share * 1e4).abs() < 500.0, "item {item}: {count}");
+        }
+        for (item, log) in items.iter().zip(&negative_logs) {
+            assert!((log - [4e4f32, 2e4, 1e4][*item as usize].ln()).abs() < 1e-4);
+        }
+        assert!((target_logs[0] - 1e4f32.ln()).abs() < 1e-4 && (target_logs[1] - 4e4f32.ln()).abs() < 1e-4);
+    }
+
+    #[test]
+    fn equal_views_are_told_from_others() {
+        let views = |values: [f32; 8]| {
+            let t = Tensor::<Flex, 1>::from_floats(values, &Default::default()).reshape([4, 2]);
+            nt_xent(t, 0.1).into_scalar()
+        };
+        let near = views([1.0, 0.0, 0.0, 1.0, 2.0, 0.1, 0.1, 3.0]);
+        let far = views([1.0, 0.0, 0.0, 1.0, 0.1, 3.0, 2.0, 0.1]);
+        assert!(near < 0.01 && far > 5.0, "{near} {far}");
+        // A state of length 0 gives no NaN.
+        assert!(views([0.0; 8]).is_finite());
     }
 }

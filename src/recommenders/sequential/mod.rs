@@ -11,6 +11,8 @@
 pub mod augmentation;
 pub mod batches;
 pub mod config;
+#[cfg(test)]
+pub mod contract;
 pub mod encoder;
 pub mod learner;
 pub mod loss;

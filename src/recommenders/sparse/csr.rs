@@ -50,6 +50,18 @@ impl Csr {
         Ok(Csr::from_parts(rows, cols, offsets, columns, values))
     }
 
+    /// From compressed rows: row `r` has `columns[offsets[r]..offsets[r + 1]]`, ascending and distinct.
+    ///
+    /// # Panics
+    /// When the parts do not fit together (our bug).
+    pub fn from_rows(cols: usize, offsets: Vec<usize>, columns: Vec<u32>, values: Vec<f32>) -> Csr {
+        assert!(offsets.first() == Some(&0) && offsets.last() == Some(&columns.len()), "offsets cover the columns");
+        assert!(offsets.is_sorted() && columns.len() == values.len(), "one value a column");
+        assert!(columns.iter().all(|&c| (c as usize) < cols), "columns are below {cols}");
+        debug_assert!(offsets.windows(2).all(|r| columns[r[0]..r[1]].is_sorted()));
+        Csr::from_parts(offsets.len() - 1, cols, offsets, columns, values)
+    }
+
     /// From the three arrays themselves: `offsets [rows + 1]`, and `columns [nonzeros]`, distinct and ascending within
     /// a row, with their `values [nonzeros]`.
     pub(in crate::recommenders) fn from_parts(
