@@ -269,8 +269,11 @@ fn synthetic(n: usize, users: usize, items: usize, seed: u64) -> Histories {
     }
     let mut pairs = Vec::with_capacity(n);
     let mut taken = vec![u32::MAX; items];
+    let (mut reached, mut begun) = (0.0, 0);
     for (user, share) in shares.iter().enumerate() {
-        let length = ((share / all * n as f64) as usize).clamp(3, items / 2 + 3);
+        reached += share / all * n as f64;
+        let length = (reached.round() as usize - begun).clamp(3, items / 2 + 3);
+        begun = reached.round() as usize;
         let mut found = 0;
         for _ in 0..4 * length {
             let at = rng.random::<f64>() * sum;
