@@ -111,8 +111,9 @@ def recbole(a, name):
     rating, sequential = model_name in RATING, model_name in SEQUENTIAL
     folder = tempfile.mkdtemp(prefix="bench_recommenders_")
     os.makedirs(os.path.join(folder, "log"))
-    for kind in ("inter", "user", "item"):
+    for kind in ("user", "item"):
         shutil.copy(os.path.join(a.data, "ml-100k." + kind), os.path.join(folder, "log", "log." + kind))
+    histories = write_log(os.path.join(a.data, "ml-100k.inter"), os.path.join(folder, "log", "log.inter"))
     os.chdir(folder)  # it writes its own logs beside
     columns = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
     if rating:
@@ -145,7 +146,7 @@ def recbole(a, name):
     model = model_class(config, train.dataset)
     trainer = get_trainer(config["MODEL_TYPE"], model_name)(config, model)
     if sequential:
-        mask_seen_items(trainer, dataset, valid)
+        mask_seen_items(trainer, dataset, histories)
     seconds, reached, measured = [], False, None
     wants_target = a.what == "target"
     for epoch in range(a.max_epochs if wants_target else a.epochs):
@@ -164,21 +165,30 @@ def recbole(a, name):
                       "peak_rss_mib": peak_rss_mib()}))
 
 
-def mask_seen_items(trainer, dataset, valid):
+def write_log(source, target):
+    """The log with the place in the user's history (by time, ties in file order, as ours) instead of the time, so that
+    both sides hold out the same rows. Gives the items of each user, oldest first."""
+    with open(source) as file:
+        rows = [line.rstrip("\n").split("\t") for line in file]
+    histories = {}
+    with open(target, "w") as file:
+        file.write("\t".join(rows[0]) + "\n")
+        for row in sorted(rows[1:], key=lambda row: float(row[3])):
+            history = histories.setdefault(row[0], [])
+            file.write("\t".join([*row[:3], str(len(history))]) + "\n")
+            history.append(row[1])
+    return histories
+
+
+def mask_seen_items(trainer, dataset, histories):
     """RecBole ranks a sequential model's known items too, which halves its figures; the target itself stays."""
     import numpy as np
     import scipy.sparse as sp
     import torch
 
-    rows = dataset.inter_feat
-    users, items, times = (rows[name].numpy() for name in ("user_id", "item_id", "timestamp"))
-    order = np.lexsort((np.arange(len(users)), times, users))
-    users, items = users[order], items[order]
-    last = np.append(users[1:] != users[:-1], True)
-    before_last = np.append(last[1:], False) & ~last
-    train = ~(last | before_last)
-    shape = (dataset.user_num, dataset.item_num)
-    seen = sp.csr_matrix((np.ones(train.sum(), bool), (users[train], items[train])), shape=shape)
+    pairs = np.array([(user, item) for user, items in histories.items() for item in items[:-2]])
+    users, items = (dataset.token2id(name, pairs[:, n]) for n, name in enumerate(("user_id", "item_id")))
+    seen = sp.csr_matrix((np.ones(len(users), bool), (users, items)), shape=(dataset.user_num, dataset.item_num))
     base = trainer._full_sort_batch_eval
 
     def masked(batch):
