@@ -22,15 +22,15 @@ use crate::error::Result;
 /// Hyper-parameters of `bert4rec`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Bert4RecHyper {
-    /// Probability that an item of a training sequence is masked; at least one always is. The paper has 0.2 for
-    /// MovieLens; SELFRec's `mask_rate`: 0.5.
+    /// Probability that an item of a training sequence is masked; at least one always is. Default 0.3 (the paper for
+    /// MovieLens: 0.2; SELFRec's `mask_rate`: 0.5).
     #[schemars(range(min = 0.0, max = 1.0))]
     pub mask_rate: f64,
     /// Share of the training sequences of which only the last item is masked, as it is in a score. The paper adds
-    /// such samples without naming a number. Default 0.1.
+    /// such samples without naming a number. Default 0.2.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub last_mask_rate: f64,
-    /// How often an epoch has each sequence, masked anew each time (the authors' `dupe_factor`, 10 there). Default 1.
+    /// How often an epoch has each sequence, masked anew each time. Default 2 (the authors' `dupe_factor`: 10).
     #[schemars(range(min = 1, max = 1000))]
     pub passes: u32,
     /// The transformer.

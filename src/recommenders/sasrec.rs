@@ -4,7 +4,8 @@
 //! negative); `loss = "softmax"` is the cross-entropy over the catalogue, which is far stronger.
 //!
 //! Reference implementations: SELFRec's `SASRec` and RecBole's. As in RecBole the embedded sequence is normalised before
-//! the first block and a dropout follows.
+//! the first block and a dropout follows. The defaults are not the paper's: softmax over unseen items, and attention
+//! that falls with the distance instead of position embeddings, were each a gain on ML-100K's validation.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -287,5 +287,7 @@ pub fn bears_bad_input(model: &str, more: &Value) {
     hyper["learning_rate"] = json!(1.0);
     hyper["initial_deviation"] = json!(1.0);
     hyper["epochs"] = json!(1);
-    let _ = fit_watched(model, &hyper, &data, 1, &Unwatched, None).map(|fit| fit.epochs.len());
+    if let Err(error) = fit_watched(model, &hyper, &data, 1, &Unwatched, None) {
+        assert!(error.fault.exit_code() == 78 && error.message.contains("diverged"), "{error}");
+    }
 }

@@ -4,8 +4,9 @@
 //! Linear layers see flat positions; only attention sees `[batch, length, dim]`.
 //!
 //! A block is attention and a feed-forward layer, each with a residual connection (SASRec, arXiv 1808.09781, section
-//! III-B; BERT4Rec, arXiv 1904.06690, section 3.3). We differ from the
-//! SASRec authors' code in that queries, keys and values all come of the normalised input.
+//! III-B; BERT4Rec, arXiv 1904.06690, section 3.3). We differ from the SASRec authors' code in that queries, keys and
+//! values all come of the normalised input, and from all three papers where `recency` lets attention fall with the
+//! distance (ALiBi, arXiv 2108.12409): long histories then help, and a place needs no vector of its own.
 
 use std::sync::Arc;
 
