@@ -299,15 +299,16 @@ struct Log {
     rows: Vec<(u32, u32, f32)>,
 }
 
+/// User, item, rating and time as in the file.
+type Row = (i64, i64, f32, f64);
+
 impl Log {
     fn read(folder: &Path) -> Self {
-        let mut rows: Vec<(i64, i64, f32, f64)> = read(folder, "inter", |f| {
+        let mut rows: Vec<Row> = read(folder, "inter", |f| {
             (f[0].parse().unwrap(), f[1].parse().unwrap(), f[2].parse().unwrap(), f[3].parse().unwrap())
         });
         rows.sort_by(|a, b| a.0.cmp(&b.0).then(a.3.total_cmp(&b.3)));
-        let ids = |of: &dyn Fn(&(i64, i64, f32, f64)) -> i64| {
-            IdMap::new(&[&IdColumn::Int(rows.iter().map(of).collect())]).unwrap()
-        };
+        let ids = |of: &dyn Fn(&Row) -> i64| IdMap::new(&[&IdColumn::Int(rows.iter().map(of).collect())]).unwrap();
         let (users, items) = (ids(&|r| r.0), ids(&|r| r.1));
         let index = |map: &IdMap, id: i64| map.get(&Id::Int(id)).unwrap();
         let rows = rows.iter().map(|r| (index(&users, r.0), index(&items, r.1), r.2)).collect();
