@@ -31,7 +31,7 @@ def gelu(x):
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def attend(x, w, name, causal):
+def attend(x, w, name, causal, recency):
     """One sequence `[length, dim]`, without padding."""
     length, size = x.shape[0], DIM // HEADS
     q, k, v = (linear(x, w, f"{name}.{part}") for part in ("query", "key", "value"))
@@ -41,7 +41,9 @@ def attend(x, w, name, causal):
         for h in range(HEADS):
             at = slice(h * size, (h + 1) * size)
             until = t + 1 if causal else length
-            weights = torch.softmax(k[:until, at] @ q[t, at] / math.sqrt(size), 0)
+            distance = (torch.arange(until) - t).abs()
+            fall = recency * 2.0 ** (-8.0 * (h + 1) / HEADS) * distance
+            weights = torch.softmax(k[:until, at] @ q[t, at] / math.sqrt(size) - fall, 0)
             heads.append(weights @ v[:until, at])
         rows.append(torch.cat(heads))
     return linear(torch.stack(rows), w, f"{name}.out")
@@ -49,6 +51,7 @@ def attend(x, w, name, causal):
 
 def encode(items, w, case):
     """States `[length, dim]` of one sequence of items."""
+    recency = case.get("recency", 0.0)
     activation = gelu if case["activation"] == "gelu" else torch.relu
     x = w["item_embeddings"][items]
     if case["positions"] == "learned":
@@ -58,10 +61,10 @@ def encode(items, w, case):
         b = f"blocks.{n}"
         feed = lambda y: linear(activation(linear(y, w, f"{b}.up")), w, f"{b}.down")
         if case["norm"] == "pre":
-            x = x + attend(norm(x, w, f"{b}.attention_norm"), w, b, case["causal"])
+            x = x + attend(norm(x, w, f"{b}.attention_norm"), w, b, case["causal"], recency)
             x = x + feed(norm(x, w, f"{b}.forward_norm"))
         else:
-            x = norm(x + attend(x, w, b, case["causal"]), w, f"{b}.attention_norm")
+            x = norm(x + attend(x, w, b, case["causal"], recency), w, f"{b}.attention_norm")
             x = norm(x + feed(x), w, f"{b}.forward_norm")
     return norm(x, w, "last_norm") if case["norm"] == "pre" else x
 
@@ -166,7 +169,7 @@ CASES = {
         {**CAUSAL, "name": "pre, bce", "seed": 2, "norm": "pre", "activation": "gelu", "loss": "bce",
          "negatives": [6, 0, 2, 3, 3, 1, 0, 1, 4], "l2": 0.1},
         {**CAUSAL, **SHARED, "name": "no positions, sampled softmax", "seed": 3, "norm": "post", "activation": "gelu",
-         "positions": "none", "l2": 0.2},
+         "positions": "none", "recency": 3.0, "l2": 0.2},
     ],
     "bert4rec": [
         {"name": "post, softmax", "seed": 4, "causal": False, "mask_row": 1, "positions": "learned", "norm": "post",

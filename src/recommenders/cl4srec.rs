@@ -4,9 +4,9 @@
 //! their states at the last position should be nearer to each other than to those of the other sequences' views
 //! (NT-Xent, eq. 2). The loss is SASRec's plus `cl_rate` times that (eq. 9).
 //!
-//! Reference implementations: SELFRec's `CL4SRec` (which has one kind of augmentation at a time, `aug_type`, and compares a
-//! view to the second views only) and RecBole-based ones. States are compared by cosine, as in SELFRec; the paper
-//! takes their product.
+//! Reference implementation: SELFRec's `CL4SRec`, which has one kind of augmentation at a time (`aug_type`) and compares a
+//! first view to second views only; ours compares every view to all others, as the paper does. States are compared by
+//! cosine, as in SELFRec; the paper takes their product.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -24,23 +24,26 @@ use crate::error::{Error, Result};
 /// Hyper-parameters of `cl4srec`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Cl4SRecHyper {
-    /// What a view may be, `crop`, `mask` and `reorder`; each view draws one of them. The paper draws two of three;
-    /// SELFRec's `aug_type` is one of them, 0 (crop).
+    /// What a view may be, `crop`, `mask` and `reorder`; each view draws one of them. Default all three (the paper
+    /// draws two of three; SELFRec's `aug_type` is one of them, 0 = crop).
     #[schemars(length(min = 1, max = 3))]
     pub augmentations: Vec<Augmentation>,
-    /// Share of a sequence that `crop` keeps. SELFRec's `aug_rate`: 0.5; the paper tries 0.1 to 0.9.
+    /// Share of a sequence that `crop` keeps. Default 0.5 (SELFRec's `aug_rate`; the paper tries 0.1
+    /// to 0.9).
     #[schemars(range(min = 0.0, max = 1.0))]
     pub crop_rate: f64,
-    /// Share of the items that `mask` hides. SELFRec's `aug_rate`: 0.5; the paper tries 0.1 to 0.9.
+    /// Share of the items that `mask` hides. Default 0.5 (SELFRec's `aug_rate`; the paper tries 0.1
+    /// to 0.9).
     #[schemars(range(min = 0.0, max = 1.0))]
     pub mask_rate: f64,
-    /// Share of a sequence that `reorder` shuffles. SELFRec's `aug_rate`: 0.5; the paper tries 0.1 to 0.9.
+    /// Share of a sequence that `reorder` shuffles. Default 0.5 (SELFRec's `aug_rate`; the paper tries 0.1
+    /// to 0.9).
     #[schemars(range(min = 0.0, max = 1.0))]
     pub reorder_rate: f64,
-    /// Weight of the contrastive term. SELFRec's `cl_rate`: 0.05; the paper's lambda: 0.1.
+    /// Weight of the contrastive term. Default 0.05 (SELFRec's `cl_rate`; the paper's lambda: 0.1).
     #[schemars(range(min = 0.0, max = 100.0))]
     pub cl_rate: f64,
-    /// Temperature of the contrastive term. SELFRec: 1.
+    /// Temperature of the contrastive term. Default 1 (SELFRec).
     #[schemars(range(min = 0.001, max = 100.0))]
     pub temperature: f64,
     /// The transformer.
@@ -62,13 +65,14 @@ impl Default for Cl4SRecHyper {
             temperature: 1.0,
             encoder: EncoderHyper {
                 embedding_dim: 64,
-                max_len: 50,
+                max_len: 100,
                 blocks: 2,
                 heads: 2,
                 feed_forward_dim: 128,
                 activation: Activation::Relu,
                 norm: NormPlace::Post,
-                positions: Positions::Learned,
+                positions: Positions::None,
+                recency: 4.0,
                 embedding_dropout: 0.3,
                 attention_dropout: 0.2,
                 hidden_dropout: 0.3,
@@ -78,13 +82,13 @@ impl Default for Cl4SRecHyper {
                 loss: LossKind::Softmax,
                 negatives: 512,
                 negative_power: 0.75,
-                exclude_seen: false,
+                exclude_seen: true,
                 l2: 0.0,
                 weight_decay: 0.0,
                 clip_norm: 0.0,
                 warmup_epochs: 1.0,
                 decay: Decay::Cosine,
-                schedule: Schedule { learning_rate: 3e-3, batch_size: 64, epochs: 40, eval_every: 1, patience: 10 },
+                schedule: Schedule { learning_rate: 1e-3, batch_size: 8, epochs: 20, eval_every: 1, patience: 10 },
             },
         }
     }

@@ -51,7 +51,8 @@ pub struct MixGcfHyper {
     /// Weight of the L2 term on the ego embeddings of a batch. Default 0.0001 (SELFRec `conf/MixGCF.yaml`).
     #[schemars(range(min = 0.0, max = 10.0))]
     pub l2: f64,
-    /// Candidates that a negative is mixed of, M. Default 64 (SELFRec `conf/MixGCF.yaml`, `n_negs`).
+    /// Candidates that a negative is mixed of, M. Default 16 (SELFRec `conf/MixGCF.yaml`, `n_negs`: 64; the harder the
+    /// negatives, the earlier it over-fits a small catalogue).
     #[schemars(range(min = 1, max = 4096))]
     pub candidates: u32,
     /// Mixed negatives per train pair, each of its own candidates. Default 1 (the authors' `K`).
@@ -77,12 +78,12 @@ impl Default for MixGcfHyper {
             embedding_dim: 64,
             layers: 3,
             l2: 1e-4,
-            candidates: 64,
+            candidates: 16,
             negatives: 1,
             pooling: Pooling::Mean,
             message_dropout: 0.1,
             propagate_history: true,
-            schedule: Schedule { learning_rate: 5e-3, batch_size: 2048, epochs: 200, eval_every: 2, patience: 10 },
+            schedule: Schedule { learning_rate: 2e-3, batch_size: 2048, epochs: 200, eval_every: 2, patience: 8 },
         }
     }
 }

@@ -4,7 +4,8 @@
 //! negative); `loss = "softmax"` is the cross-entropy over the catalogue, which is far stronger.
 //!
 //! Reference implementations: SELFRec's `SASRec` and RecBole's. As in RecBole the embedded sequence is normalised before
-//! the first block and a dropout follows.
+//! the first block and a dropout follows. The defaults are not the paper's: softmax over unseen items, and attention
+//! that falls with the distance instead of position embeddings, were each a gain on ML-100K's validation.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -34,29 +35,30 @@ impl Default for SasRecHyper {
         SasRecHyper {
             encoder: EncoderHyper {
                 embedding_dim: 64,
-                max_len: 50,
+                max_len: 100,
                 blocks: 2,
                 heads: 2,
-                feed_forward_dim: 256,
-                activation: Activation::Gelu,
+                feed_forward_dim: 128,
+                activation: Activation::Relu,
                 norm: NormPlace::Post,
-                positions: Positions::Learned,
-                embedding_dropout: 0.5,
-                attention_dropout: 0.5,
-                hidden_dropout: 0.5,
+                positions: Positions::None,
+                recency: 4.0,
+                embedding_dropout: 0.3,
+                attention_dropout: 0.2,
+                hidden_dropout: 0.3,
                 initial_deviation: 0.02,
             },
             optimizer: OptimizerHyper {
                 loss: LossKind::Softmax,
                 negatives: 512,
                 negative_power: 0.75,
-                exclude_seen: false,
+                exclude_seen: true,
                 l2: 0.0,
                 weight_decay: 0.0,
                 clip_norm: 0.0,
-                warmup_epochs: 0.0,
-                decay: Decay::None,
-                schedule: Schedule { learning_rate: 1e-3, batch_size: 64, epochs: 200, eval_every: 1, patience: 10 },
+                warmup_epochs: 1.0,
+                decay: Decay::Cosine,
+                schedule: Schedule { learning_rate: 1e-3, batch_size: 8, epochs: 20, eval_every: 1, patience: 10 },
             },
         }
     }

@@ -17,7 +17,7 @@ fn device() -> Device {
     DeviceChoice::Cpu.open().unwrap().device
 }
 
-/// Hyper-parameters that learn toy data in a moment, as far as a model has them.
+/// Hyper-parameters that learn toy data in a moment, as far as a model has and allows them.
 fn quick(backbone: &Backbone) -> Value {
     let wanted = json!({
         "embedding_dim": 16, "learning_rate": 0.02, "l2": 0.0, "batch_size": 64, "epochs": 40, "dropout": 0.0,

@@ -37,13 +37,32 @@ pub fn attention<B: FusedBackend>(
     mask: AttentionMask<'_>,
     dropout: Option<(f32, u64)>,
 ) -> Tensor<B, 3> {
+    attention_by_distance(q, k, v, heads, mask, dropout, &[])
+}
+
+/// As [`attention`]; each position of distance takes `slopes[head]` off a score (ALiBi, Press et al. 2022, arXiv
+/// 2108.12409). `slopes` is `[heads]`, or empty for none.
+///
+/// # Panics
+/// When the shapes do not fit (our bug).
+pub fn attention_by_distance<B: FusedBackend>(
+    q: Tensor<B, 3>,
+    k: Tensor<B, 3>,
+    v: Tensor<B, 3>,
+    heads: usize,
+    mask: AttentionMask<'_>,
+    dropout: Option<(f32, u64)>,
+    slopes: &[f32],
+) -> Tensor<B, 3> {
     let [batch, length, dim] = q.dims();
     assert!(k.dims() == q.dims() && v.dims() == q.dims(), "queries, keys and values of different shapes");
     assert!(batch == mask.lengths.len(), "{batch} sequences and {} lengths", mask.lengths.len());
     assert!(dim.is_multiple_of(heads), "{heads} heads of {dim} numbers");
     assert!(mask.lengths.iter().all(|&n| n as usize <= length), "a sequence longer than {length}");
     let dropout = dropout.and_then(|(share, seed)| Choice::new(share, seed));
-    let operation = Attention { length, dim, heads, lengths: mask.lengths.into(), causal: mask.causal, dropout };
+    assert!(slopes.is_empty() || slopes.len() == heads, "{} slopes and {heads} heads", slopes.len());
+    let (lengths, slopes) = (mask.lengths.into(), slopes.into());
+    let operation = Attention { length, dim, heads, lengths, causal: mask.causal, dropout, slopes };
     lift(B::fused(operation, [q, k, v].map(lower)))
 }
 
@@ -56,12 +75,13 @@ struct Attention {
     lengths: Arc<[u32]>,
     causal: bool,
     dropout: Option<Choice>,
+    slopes: Arc<[f32]>,
 }
 
 impl Attention {
     fn plan(&self) -> Plan<'_> {
         let Attention { length, dim, heads, causal, dropout, .. } = *self;
-        Plan { length, dim, heads, lengths: &self.lengths, causal, dropout }
+        Plan { length, dim, heads, lengths: &self.lengths, causal, dropout, slopes: &self.slopes }
     }
 
     fn in_burn<B: Backend>(&self, [q, k, v]: [Tensor<B, 3>; 3]) -> Tensor<B, 3> {
@@ -75,7 +95,12 @@ impl Attention {
             .flat_map(|&n| (0..length).flat_map(move |i| (0..length).map(move |j| j >= real(n) || (causal && j > i))))
             .collect();
         let hidden = Tensor::<B, 4, Bool>::from_data(TensorData::new(hidden, [batch, 1, length, length]), &device);
-        let scores = split(q).matmul(split(k).swap_dims(2, 3)) / (size as f32).sqrt();
+        let mut scores = split(q).matmul(split(k).swap_dims(2, 3)) / (size as f32).sqrt();
+        if !self.slopes.is_empty() {
+            let by = |s: f32| (0..length * length).map(move |at| s * (at / length).abs_diff(at % length) as f32);
+            let fall: Vec<f32> = self.slopes.iter().flat_map(|&slope| by(slope)).collect();
+            scores = scores - Tensor::<B, 4>::from_data(TensorData::new(fall, [1, heads, length, length]), &device);
+        }
         let mut weights = softmax(scores.mask_fill(hidden.expand([batch, heads, length, length]), -1e9), 3);
         if let Some(choice) = self.dropout {
             let mut factors = vec![0f32; batch * heads * length * length];
@@ -140,9 +165,13 @@ mod tests {
         let [q, k, v] = [draw(), draw(), draw()].map(Tensor::require_grad);
         let upstream = draw() / size;
         let choice = dropout.and_then(|(share, seed)| Choice::new(share, seed));
-        let plain = Attention { length, dim, heads, lengths: lengths.into(), causal, dropout: choice };
+        // Scores of two heads fall with the distance, those of other numbers of heads do not.
+        let slopes: &[f32] = if heads == 2 { &[0.3, 0.02] } else { &[] };
+        let mask = AttentionMask { lengths, causal };
+        let (lengths, falling) = (lengths.into(), slopes.into());
+        let plain = Attention { length, dim, heads, lengths, causal, dropout: choice, slopes: falling };
         let out = match fused {
-            true => attention(q.clone(), k.clone(), v.clone(), heads, AttentionMask { lengths, causal }, dropout),
+            true => attention_by_distance(q.clone(), k.clone(), v.clone(), heads, mask, dropout, slopes),
             false => plain.in_burn([q.clone(), k.clone(), v.clone()]),
         };
         let grads = (out.clone() * upstream).sum().backward();

@@ -15,13 +15,14 @@ mod linear;
 mod linear_softmax;
 mod pair_products;
 mod products;
+mod row_dots;
 mod sequence_attention;
 mod widest;
 
 #[cfg(test)]
 mod checks;
 
-pub use attention::{AttentionMask, attention};
+pub use attention::{AttentionMask, attention, attention_by_distance};
 pub use cross_entropy::{linear_cross_entropy, linear_cross_entropy_excluding, weighted_cross_entropy};
 pub use dropout::dropout;
 pub use fused::{FusedBackend, Operation, Pass, Tape};
@@ -30,3 +31,4 @@ pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use linear_softmax::Excluded;
 pub use pair_products::pair_products;
+pub use row_dots::row_dots;

@@ -26,6 +26,8 @@ pub struct Plan<'a> {
     pub causal: bool,
     /// Which weights are dropped.
     pub dropout: Option<Choice>,
+    /// What each position of distance takes off a score, one number per head; empty = nothing.
+    pub slopes: &'a [f32],
 }
 
 /// Queries, keys and values `[batch, length, dim]`.
@@ -178,6 +180,11 @@ fn scores(plan: Plan<'_>, sizes: Sizes, space: &mut Space, [q, k]: [&[f32]; 2], 
         [sizes.rows, sizes.columns, sizes.size],
         plan.part(Part::ColumnsToRow),
     );
+    let Some(&slope) = plan.slopes.get(head) else { return };
+    for (row, scores) in space.weights.chunks_exact_mut(sizes.columns).take(sizes.n).enumerate() {
+        let seen = scores[..plan.seen(row, sizes.n)].iter_mut().enumerate();
+        seen.for_each(|(column, x)| *x -= slope * row.abs_diff(column) as f32);
+    }
 }
 
 /// Gradients of queries, keys and values from that of the result. `out` and `logs` are what [`forward`] gave.
@@ -228,14 +235,14 @@ fn head_backward(
     );
     space.factors.resize(n, 0.0);
     space.factors.fill(1.0);
-    for row in 0..n {
+    for (row, &log) in logs[..n].iter().enumerate() {
         let at = row * sizes.columns;
         let seen = plan.seen(row, n);
         let (weights, hidden) = space.weights[at..at + sizes.columns].split_at_mut(seen);
         let (d_weights, d_hidden) = space.d_weights[at..at + sizes.columns].split_at_mut(seen);
         hidden.fill(0.0);
         d_hidden.fill(0.0);
-        exponentials(weights, logs[row]);
+        exponentials(weights, log);
         if let Some(choice) = plan.dropout {
             choice.factors(plan.place(sequence, head, row), &mut space.factors[..seen]);
         }

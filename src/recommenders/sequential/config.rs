@@ -75,39 +75,51 @@ pub enum Augmentation {
 /// The transformer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EncoderHyper {
-    /// Length of item embeddings and states. SELFRec's `embedding.size`: 64.
+    /// Length of item embeddings and states. Default 64 (SELFRec's `embedding.size`).
     #[schemars(range(min = 1, max = 4096))]
     pub embedding_dim: u32,
-    /// Items of a history that a score reads, the latest ones; also the longest training window. SELFRec's
-    /// `max.len` is 50, the SASRec paper's 200 for MovieLens.
+    /// Items of a history that a score reads, the latest ones; also the longest training window: longer histories are
+    /// cut, anew in each epoch, and every interaction stays a target. Default by validation on ML-100K: 100, in
+    /// `bert4rec` 50 (SELFRec's `max.len`: 50; the SASRec paper's for MovieLens: 200).
     #[schemars(range(min = 1, max = 4096))]
     pub max_len: u32,
-    /// Number of transformer blocks. SELFRec's `n_blocks`: 2.
+    /// Number of transformer blocks. Default 2 (SELFRec's `n_blocks`).
     #[schemars(range(min = 1, max = 64))]
     pub blocks: u32,
-    /// Attention heads; must divide `embedding_dim`. SELFRec's `n_heads`: 1; RecBole: 2.
+    /// Attention heads; must divide `embedding_dim`. Default 2 (RecBole; SELFRec's `n_heads`: 1).
     #[schemars(range(min = 1, max = 64))]
     pub heads: u32,
-    /// Width of the feed-forward layers. The SASRec paper's is `embedding_dim`, BERT4Rec's and RecBole's four times that.
+    /// Width of the feed-forward layers. Default 128, twice `embedding_dim` (the SASRec paper's is `embedding_dim`,
+    /// BERT4Rec's and RecBole's four times that).
     #[schemars(range(min = 1, max = 16384))]
     pub feed_forward_dim: u32,
-    /// Activation of the feed-forward layers, `relu` (SASRec paper) or `gelu` (BERT4Rec paper, RecBole).
+    /// Activation of the feed-forward layers: `relu` (default of `sasrec` and `cl4srec`, as in the SASRec paper) or
+    /// `gelu` (default of `bert4rec`, as in its paper).
     pub activation: Activation,
-    /// Layer normalisation before (`pre`) or after (`post`) attention and feed-forward. SASRec paper: before;
-    /// BERT4Rec paper and RecBole: after.
+    /// Layer normalisation before (`pre`) or after (`post`) attention and feed-forward. Default `post` (BERT4Rec paper,
+    /// RecBole; the SASRec paper and SELFRec normalise before).
     pub norm: NormPlace,
-    /// `learned` vectors per place (all three papers), or `none`.
+    /// `learned` vectors per place (all three papers; default of `bert4rec`), or `none` (default of `sasrec` and
+    /// `cl4srec`, whose `recency` tells positions apart).
     pub positions: Positions,
-    /// Dropout of the embedded sequence. SELFRec's `drop_rate`: 0.2 for all three kinds.
+    /// How fast attention falls with the distance in the history: a head's score loses `recency * 2^(-8 h / heads)` for
+    /// each item between (h = 1, 2, ...; ALiBi, arXiv 2108.12409, has 1). Default 4, by validation on ML-100K; 0 (all
+    /// three papers) = not at all.
+    #[schemars(range(min = 0.0, max = 1000.0))]
+    pub recency: f64,
+    /// Dropout of the embedded sequence. Default 0.3, in `bert4rec` 0.2 (SELFRec's `drop_rate`, there for all three
+    /// kinds: 0.2; RecBole: 0.5).
     #[schemars(range(min = 0.0, max = 0.95))]
     pub embedding_dropout: f64,
-    /// Dropout of attention weights.
+    /// Dropout of attention weights. Default 0.2 (SELFRec's `drop_rate`).
     #[schemars(range(min = 0.0, max = 0.95))]
     pub attention_dropout: f64,
-    /// Dropout of what attention and feed-forward add to the residual.
+    /// Dropout of what attention and feed-forward add to the residual. Default 0.3, in `bert4rec` 0.2 (SELFRec's
+    /// `drop_rate`: 0.2; RecBole: 0.5).
     #[schemars(range(min = 0.0, max = 0.95))]
     pub hidden_dropout: f64,
-    /// Standard deviation of the initial weights (normal, cut off at two deviations). BERT4Rec paper and RecBole: 0.02.
+    /// Standard deviation of the initial weights (normal, cut off at two deviations). Default 0.02 (BERT4Rec paper and
+    /// RecBole).
     #[schemars(range(min = 0.000001, max = 1.0))]
     pub initial_deviation: f64,
 }
@@ -115,8 +127,8 @@ pub struct EncoderHyper {
 /// Loss, regularisation and step size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct OptimizerHyper {
-    /// `bce` (one sampled negative; the papers of SASRec and CL4SRec), `softmax` over the catalogue (paper of BERT4Rec;
-    /// far stronger for all three), or `sampled-softmax` for large catalogues.
+    /// `bce` (one sampled negative; the papers of SASRec and CL4SRec), `softmax` over the catalogue (default; paper of
+    /// BERT4Rec; far stronger for all three), or `sampled-softmax` for large catalogues.
     pub loss: LossKind,
     /// Negatives that a batch shares; used by `loss = "sampled-softmax"` only. Default 512.
     #[schemars(range(min = 1, max = 65536))]
@@ -126,24 +138,25 @@ pub struct OptimizerHyper {
     #[schemars(range(min = 0.0, max = 2.0))]
     pub negative_power: f64,
     /// Whether items that the user has seen (in a causal model: before the position) are left out of the softmax, as they
-    /// are left out of the ranking; used by `loss = "softmax"` only. The papers leave them in.
+    /// are left out of the ranking; used by `loss = "softmax"` only. Default true, by validation on ML-100K; the papers
+    /// leave them in.
     pub exclude_seen: bool,
-    /// Weight of the L2 term: half the mean square length of the batch's item embeddings. SELFRec's `reg.lambda`: 0.0001
-    /// (there on the norm of the whole table divided by its rows).
+    /// Weight of the L2 term: half the mean square length of the targets' embeddings. Default 0 (SELFRec's
+    /// `reg.lambda`: 0.0001, there on the norm of the whole table divided by its rows).
     #[schemars(range(min = 0.0, max = 10.0))]
     pub l2: f64,
-    /// Decoupled weight decay of Adam (AdamW). SELFRec: none.
+    /// Decoupled weight decay of Adam (AdamW). Default 0 (SELFRec).
     #[schemars(range(min = 0.0, max = 10.0))]
     pub weight_decay: f64,
-    /// The norm that a step's gradient is scaled down to; 0 = as it is. BERT4Rec paper: 5.
+    /// The norm that a step's gradient is scaled down to; 0 = as it is. Default 0, in `bert4rec` 5 (its paper).
     #[schemars(range(min = 0.0, max = 1000000.0))]
     pub clip_norm: f64,
-    /// Epochs in which the step size grows linearly to `learning_rate`; fractions allowed.
+    /// Epochs in which the step size grows linearly to `learning_rate`; fractions allowed. Default 1 (SELFRec: none).
     #[schemars(range(min = 0.0, max = 1000.0))]
     pub warmup_epochs: f64,
-    /// How the step size falls afterwards: `none` or `cosine`. SELFRec: none.
+    /// How the step size falls afterwards: `none` (SELFRec) or `cosine` (default), whose length is `epochs`.
     pub decay: Decay,
-    /// Epochs and steps; a batch is a number of sequences.
+    /// Epochs and steps; a batch is a number of sequences of at most `max_len` positions.
     #[serde(flatten)]
     pub schedule: Schedule,
 }
@@ -186,6 +199,10 @@ pub fn check(model: &str, encoder: &EncoderHyper, optimizer: &OptimizerHyper, de
         if let Some((name, _)) = unused.iter().find(|(_, changed)| *changed) {
             return Err(unused_setting(model, name, "only `loss = \"sampled-softmax\"` draws shared negatives"));
         }
+    }
+    if optimizer.loss != LossKind::Softmax && optimizer.exclude_seen != defaults.exclude_seen {
+        let why = "only `loss = \"softmax\"` goes over the whole catalogue";
+        return Err(unused_setting(model, "exclude_seen", why));
     }
     Ok(())
 }

@@ -4,15 +4,18 @@
 //! Linear layers see flat positions; only attention sees `[batch, length, dim]`.
 //!
 //! A block is attention and a feed-forward layer, each with a residual connection (SASRec, arXiv 1808.09781, section
-//! III-B; BERT4Rec, arXiv 1904.06690, section 3.3). We differ from the
-//! SASRec authors' code in that queries, keys and values all come of the normalised input.
+//! III-B; BERT4Rec, arXiv 1904.06690, section 3.3). We differ from the SASRec authors' code in that queries, keys and
+//! values all come of the normalised input, and from all three papers where `recency` lets attention fall with the
+//! distance (ALiBi, arXiv 2108.12409): long histories then help, and a place needs no vector of its own.
+
+use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use burn::tensor::activation::relu;
 use burn::tensor::backend::Backend;
 use rand_chacha::ChaCha8Rng;
 
-use super::super::ops::{self, AttentionMask, attention};
+use super::super::ops::{self, AttentionMask, attention_by_distance};
 use super::super::optim::{ParamId, Params, Vars, truncated_normal};
 use super::config::{Activation, EncoderHyper, NormPlace, Positions};
 use crate::device::ModelBackend;
@@ -42,6 +45,8 @@ pub struct Encoder {
     pub bias: Option<ParamId>,
     /// `[max_len, dim]`.
     positions: Option<ParamId>,
+    /// Per head, what each position of distance takes off an attention score; empty = nothing.
+    slopes: Arc<[f32]>,
     embedded: Norm,
     blocks: Vec<Block>,
     /// With `norm = "pre"`.
@@ -133,6 +138,15 @@ impl Linear {
     }
 }
 
+/// ALiBi's slopes, `2^(-8 (h + 1) / heads)`, times `recency`.
+fn slopes(hyper: &EncoderHyper) -> Arc<[f32]> {
+    if hyper.recency == 0.0 {
+        return Arc::new([]);
+    }
+    let slope = |head: u32| hyper.recency * (-8.0 * f64::from(head + 1) / f64::from(hyper.heads)).exp2();
+    (0..hyper.heads).map(|head| slope(head) as f32).collect()
+}
+
 struct Init<'a> {
     deviation: f32,
     rng: Option<&'a mut ChaCha8Rng>,
@@ -179,7 +193,8 @@ impl Encoder {
         let head =
             shape.head.then(|| (Linear::new(params, "head", (dim, dim), init), Norm::new(params, "head_norm", dim)));
         let bias = shape.head.then(|| params.add("item_bias", &[shape.n_items], vec![0.0; shape.n_items]));
-        Encoder { hyper: hyper.clone(), shape, items, bias, positions, embedded, blocks, last, head }
+        let slopes = slopes(hyper);
+        Encoder { hyper: hyper.clone(), shape, items, bias, positions, slopes, embedded, blocks, last, head }
     }
 
     /// The hyper-parameters.
@@ -214,11 +229,11 @@ impl Encoder {
         }
         x = drop(&mut dropout, self.embedded.forward(vars, x), hyper.embedding_dropout);
         for block in &self.blocks {
-            let mask = AttentionMask { lengths, causal: self.shape.causal };
-            let attend = |x: Tensor<B, 2>, seed: Option<(f32, u64)>| {
+            let attention = |x: Tensor<B, 2>, dropout: Option<(f32, u64)>| {
                 let part = |l: &Linear| l.forward(vars, x.clone()).reshape([batch, length, dim]);
                 let [q, k, v] = block.qkv.each_ref().map(part);
-                let y = attention(q, k, v, hyper.heads as usize, mask, seed);
+                let mask = AttentionMask { lengths, causal: self.shape.causal };
+                let y = attention_by_distance(q, k, v, hyper.heads as usize, mask, dropout, &self.slopes);
                 block.out.forward(vars, y.reshape([flat, dim]))
             };
             let feed = |x: Tensor<B, 2>| {
@@ -233,13 +248,13 @@ impl Encoder {
             let seed = dropout.as_mut().map(|d| (share, d.next())).filter(|_| share > 0.0);
             x = match hyper.norm {
                 NormPlace::Pre => {
-                    let y = attend(block.attention_norm.forward(vars, x.clone()), seed);
+                    let y = attention(block.attention_norm.forward(vars, x.clone()), seed);
                     let x = x + drop(&mut dropout, y, hyper.hidden_dropout);
                     let y = feed(block.forward_norm.forward(vars, x.clone()));
                     x + drop(&mut dropout, y, hyper.hidden_dropout)
                 }
                 NormPlace::Post => {
-                    let y = attend(x.clone(), seed);
+                    let y = attention(x.clone(), seed);
                     let x = block.attention_norm.forward(vars, x + drop(&mut dropout, y, hyper.hidden_dropout));
                     let y = feed(x.clone());
                     block.forward_norm.forward(vars, x + drop(&mut dropout, y, hyper.hidden_dropout))

@@ -5,6 +5,8 @@
 //!
 //! * Histories longer than `max_len` are cut into windows for training ([`batches`]); a score reads the last
 //!   `max_len` items.
+//! * A user without a history gets the items' popularity as scores; one with a single interaction is scored by it and
+//!   trains nothing in a causal model.
 //! * Sequences are padded on the right; padding is neither seen by attention nor ever a target.
 //! * Every random choice (windows, their order, masks, dropout, negatives, views) is a function of seed and epoch.
 

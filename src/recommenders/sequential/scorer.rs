@@ -8,12 +8,11 @@
 //! * User embeddings are the states after the train history; those of users without one are 0.
 
 use burn::backend::Flex;
-use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use super::super::optim::{Params, Vars};
 use super::super::saved::{NamedTensor, Tensors};
-use super::super::{Embeddings, Scorer};
+use super::super::{Embeddings, Factors, Scorer, product};
 use super::batches::Batch;
 use super::config::EncoderHyper;
 use super::encoder::{Encoder, Shape};
@@ -38,6 +37,9 @@ pub struct SequentialScorer {
     users: Vec<f32>,
     /// `[items, dim]`
     items: Vec<f32>,
+    /// `[items, dim + 2]`: embedding, bias, popularity. A state with 1 and 0 after it gives the score of a history,
+    /// 0 with 0 and 1 that of none.
+    table: Vec<f32>,
 }
 
 impl SequentialScorer {
@@ -52,7 +54,13 @@ impl SequentialScorer {
         let popularity = tensors.shaped(POPULARITY, &[shape.n_items])?.to_vec();
         let dim = hyper.embedding_dim as usize;
         let items = tensors.get("item_embeddings")?.values[..shape.n_items * dim].to_vec();
-        Ok(SequentialScorer { encoder, params, popularity, n_users, users: Vec::new(), items })
+        let bias = encoder.bias.map(|_| tensors.shaped("item_bias", &[shape.n_items])).transpose()?;
+        let mut table = Vec::with_capacity(shape.n_items * (dim + 2));
+        for (n, (item, popularity)) in items.chunks_exact(dim).zip(&popularity).enumerate() {
+            table.extend_from_slice(item);
+            table.extend([bias.map_or(0.0, |b| b[n]), *popularity]);
+        }
+        Ok(SequentialScorer { encoder, params, popularity, n_users, users: Vec::new(), items, table })
     }
 
     /// From the tensors of a saved model; the sizes are theirs.
@@ -103,6 +111,25 @@ impl SequentialScorer {
         self.encoder.hyper().embedding_dim as usize
     }
 
+    /// Length of a row of the table.
+    fn width(&self) -> usize {
+        self.dim() + 2
+    }
+
+    /// What meets the table, `[users, dim + 2]`.
+    fn vectors(&self, users: &[u32], history: &Histories) -> Vec<f32> {
+        let dim = self.dim();
+        let mut states = vec![0f32; users.len() * dim];
+        self.states(users, history, &mut states);
+        let mut vectors = Vec::with_capacity(users.len() * (dim + 2));
+        for (user, state) in users.iter().zip(states.chunks_exact(dim)) {
+            vectors.extend_from_slice(state);
+            let known = !history.of(*user as usize).is_empty();
+            vectors.extend(if known { [1.0, 0.0] } else { [0.0, 1.0] });
+        }
+        vectors
+    }
+
     /// What is read of a history.
     fn sequence(&self, history: &[u32]) -> Vec<u32> {
         let max_len = self.encoder.hyper().max_len as usize;
@@ -151,27 +178,12 @@ impl Scorer for SequentialScorer {
     }
 
     fn score(&self, users: &[u32], history: &Histories, out: &mut [f32]) {
-        let (n, m, dim) = (users.len(), self.n_items(), self.dim());
-        assert_eq!(out.len(), n * m, "scores do not have the shape [users, items]");
-        if n == 0 || m == 0 {
-            return;
-        }
-        let mut states = vec![0f32; n * dim];
-        self.states(users, history, &mut states);
-        let vars = self.params.constants();
-        let table = vars.get::<2>(self.encoder.items).slice([0..m]);
-        let states = Tensor::<Flex, 1>::from_floats(states.as_slice(), &Default::default()).reshape([n, dim]);
-        let mut scores = states.matmul(table.transpose());
-        if let Some(bias) = self.encoder.bias {
-            scores = scores + vars.get::<1>(bias).reshape([1, m]);
-        }
-        let scores: Vec<f32> = scores.into_data().to_vec().expect("models are f32 on every back end");
-        out.copy_from_slice(&scores);
-        for (user, row) in users.iter().zip(out.chunks_exact_mut(m)) {
-            if history.of(*user as usize).is_empty() {
-                row.copy_from_slice(&self.popularity);
-            }
-        }
+        // One thread: blocks of users are the parallel unit.
+        product::scores(&self.vectors(users, history), &self.table, self.width(), out);
+    }
+
+    fn factors(&self, users: &[u32], history: &Histories) -> Option<Factors<'_>> {
+        Some(Factors { dim: self.width(), users: self.vectors(users, history), items: &self.table })
     }
 
     fn user_embeddings(&self) -> Option<Embeddings<'_>> {
