@@ -80,13 +80,12 @@ impl Figures {
         let said = |column: &str| -> Result<String> {
             Ok(some_text(metrics.strings(column)?).into_iter().next().unwrap_or_default())
         };
-        let protocol = format!(
-            "({} ranking, known at test: {}, weights fitted on: {}, ties: {})",
-            said(RANKING)?,
-            said(HISTORY_AT_TEST)?,
-            said(WEIGHTS_FIT_ON)?,
-            said(TIE_RULE)?
-        );
+        let rest = format!("weights fitted on: {}, ties: {}", said(WEIGHTS_FIT_ON)?, said(TIE_RULE)?);
+        let protocol = match said(RANKING)?.as_str() {
+            // Nothing is ranked, and no history is read.
+            "pairs" => format!("({rest})"),
+            ranking => format!("({ranking} ranking, known at test: {}, {rest})", said(HISTORY_AT_TEST)?),
+        };
         // The LLM has no row over all users: take the order of the systems from the asked ones.
         let asked: Vec<String> =
             system.iter().zip(&scope).filter(|(_, s)| *s == ASKED_USERS).map(|(name, _)| name.clone()).collect();

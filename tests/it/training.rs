@@ -498,7 +498,7 @@ fn an_empty_space_is_one_trial_and_every_backbone_can_be_confirmed() {
         assert_eq!(result.counters["trials"], json!(1), "{}", backbone.name);
         // The trial's fit is the first one on test too.
         assert_eq!((&result.counters["fits"], &result.counters["fits_kept"]), (&json!(3), &json!(1)));
-        assert!(result.counters["best_valid"].as_f64().unwrap() > 0.0, "{}", backbone.name);
+        assert!(result.counters["best_valid"].is_number(), "{}: nothing was measured", backbone.name);
         check_figures(backbone.name, "search", &result);
     }
 }
