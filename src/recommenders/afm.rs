@@ -55,6 +55,7 @@ impl Default for Afm {
                 l2_reg_linear: 1e-3,
                 l2_reg_embedding: 1e-2,
                 init_std: 1e-2,
+                recent_decay: 0.0,
                 schedule: Schedule { learning_rate: 1e-3, batch_size: 1024, epochs: 100, eval_every: 1, patience: 5 },
             },
         }

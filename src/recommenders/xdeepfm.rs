@@ -59,6 +59,7 @@ impl Default for XDeepFm {
                 l2_reg_linear: 1e-3,
                 l2_reg_embedding: 1e-2,
                 init_std: 1e-2,
+                recent_decay: 0.0,
                 schedule: Schedule { learning_rate: 1e-3, batch_size: 1024, epochs: 100, eval_every: 1, patience: 5 },
             },
         }
@@ -136,24 +137,29 @@ impl RatingModel for XDeepFm {
         let [n, fields, dim] = inputs.embeddings.dims();
         let mut y = Tensor::zeros([n, 1], &inputs.embeddings.device());
         if let Some(out) = weights.cin_out {
+            let (out, device) = (vars.get::<2>(out), inputs.embeddings.device());
             // One row per rating and dimension, so that a layer is one matrix product.
             let x0 = inputs.embeddings.clone().swap_dims(1, 2).reshape([n * dim, fields]);
-            let mut x = x0.clone();
-            let mut outputs = Vec::new();
+            let (mut x, mut before, mut used) = (x0.clone(), fields, 0);
+            let mut terms = Tensor::zeros([n * dim, 1], &device);
             for (k, &(weight, bias)) in weights.cin.iter().enumerate() {
-                let rows = n * dim;
                 let bias = vars.get::<1>(bias);
                 let maps = bias.dims()[0];
-                let all = pair_products(x, x0.clone(), vars.get::<2>(weight)) + bias.reshape([1, maps]);
+                let all = pair_products((x, before), x0.clone(), vars.get::<2>(weight)) + bias.reshape([1, maps]);
                 let all = self.cin_activation.apply(all);
+                // The maps that go on to the next layer only have an output weight of 0: no copy of either half.
                 let halved = self.cin_split_half && k + 1 < weights.cin.len();
                 let first = if halved { maps / 2 } else { 0 };
-                x = if halved { all.clone().slice([0..rows, 0..first]) } else { all.clone() };
-                outputs.push(all.slice([0..rows, first..maps]));
+                let part = out.clone().slice([used..used + maps - first, 0..1]);
+                let part = match first {
+                    0 => part,
+                    _ => Tensor::cat(vec![Tensor::zeros([first, 1], &device), part], 0),
+                };
+                terms = terms + all.clone().matmul(part);
+                used += maps - first;
+                (x, before) = (all, if halved { first } else { maps });
             }
-            let all = Tensor::cat(outputs, 1);
-            let maps = all.dims()[1];
-            y = sum_groups(all.reshape([n, dim * maps]), maps).matmul(vars.get::<2>(out));
+            y = sum_groups(terms.reshape([n, dim]), 1);
         }
         if let Some(out) = weights.dnn_out {
             y = y + weights.mlp.apply(vars, inputs.flat(), pass).matmul(vars.get::<2>(out));

@@ -1,7 +1,7 @@
 //! A linear layer over all products of two rows' numbers, without keeping the products: what a compressed interaction
 //! network is made of (arXiv 1803.05170, eq. 6).
 //!
-//! In: `left [rows, a]`, `right [rows, b]`, `weight [b * a, out]`. Out: `[rows, out]`,
+//! In: the first `a` columns of `left [rows, width]`, `right [rows, b]`, `weight [b * a, out]`. Out: `[rows, out]`,
 //! `y[r, o] = sum over j, i of right[r, j] left[r, i] weight[j * a + i, o]`, with gradients for all three.
 //!
 //! On the CPU products are made for some rows at a time, small enough for the cache, multiplied with the weights at
@@ -16,20 +16,25 @@ use rayon::prelude::*;
 use super::fused::{FusedBackend, Operation, Pass, lift, lower};
 use super::gemm::multiply;
 
-/// `y[r, o] = sum over j, i of right[r, j] left[r, i] weight[j * a + i, o]`; see the module.
+/// `y[r, o] = sum over j, i < a of right[r, j] left[r, i] weight[j * a + i, o]`; see the module.
 ///
 /// # Panics
 /// When the shapes do not fit (our bug).
-pub fn pair_products<B: FusedBackend>(left: Tensor<B, 2>, right: Tensor<B, 2>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
-    let ([rows, a], [others, b], [products, out]) = (left.dims(), right.dims(), weight.dims());
-    assert!(rows == others && products == a * b, "[{rows}, {a}], [{others}, {b}] and weights of {products} products");
-    assert!(products > 0 && out > 0, "nothing to multiply");
-    lift(B::fused(PairProducts { a, b, out }, [lower(left), lower(right), lower(weight)]))
+pub fn pair_products<B: FusedBackend>(
+    (left, a): (Tensor<B, 2>, usize),
+    right: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
+) -> Tensor<B, 2> {
+    let ([rows, width], [others, b], [products, out]) = (left.dims(), right.dims(), weight.dims());
+    assert!(rows == others && a <= width, "{a} columns of [{rows}, {width}] and [{others}, {b}]");
+    assert!(products == a * b && products > 0 && out > 0, "weights of {products} products of {a} and {b} numbers");
+    lift(B::fused(PairProducts { width, a, b, out }, [lower(left), lower(right), lower(weight)]))
 }
 
 /// The operation on left, right and weight.
 #[derive(Clone, Debug)]
 struct PairProducts {
+    width: usize,
     a: usize,
     b: usize,
     out: usize,
@@ -37,7 +42,7 @@ struct PairProducts {
 
 impl PairProducts {
     fn host<'a>(&self, [left, right, weight]: [&'a [f32]; 3]) -> Host<'a> {
-        Host { left, right, weight, a: self.a, b: self.b, out: self.out }
+        Host { left, right, weight, width: self.width, a: self.a, b: self.b, out: self.out }
     }
 }
 
@@ -46,8 +51,8 @@ impl Operation<3> for PairProducts {
 
     fn plain<B: Backend>(&self, [left, right, weight]: [FloatTensor<B>; 3]) -> FloatTensor<B> {
         let rows = left.shape()[0];
-        let (left, right) =
-            (lift::<B, 2>(left).reshape([rows, 1, self.a]), lift::<B, 2>(right).reshape([rows, self.b, 1]));
+        let left = lift::<B, 2>(left).slice([0..rows, 0..self.a]).reshape([rows, 1, self.a]);
+        let right = lift::<B, 2>(right).reshape([rows, self.b, 1]);
         lower((right * left).reshape([rows, self.a * self.b]).matmul(lift(weight)))
     }
 
@@ -79,6 +84,7 @@ struct Host<'a> {
     left: &'a [f32],
     right: &'a [f32],
     weight: &'a [f32],
+    width: usize,
     a: usize,
     b: usize,
     out: usize,
@@ -91,13 +97,13 @@ impl Host<'_> {
     }
 
     fn rows(&self) -> usize {
-        self.left.len() / self.a.max(1)
+        self.left.len() / self.width
     }
 
     /// Products of `rows` into `out [rows, b * a]`.
     fn products(&self, rows: std::ops::Range<usize>, out: &mut [f32]) {
         for (r, out) in rows.zip(out.chunks_exact_mut(self.a * self.b)) {
-            let left = &self.left[r * self.a..][..self.a];
+            let left = &self.left[r * self.width..][..self.a];
             for (&y, out) in self.right[r * self.b..][..self.b].iter().zip(out.chunks_exact_mut(self.a)) {
                 out.iter_mut().zip(left).for_each(|(o, x)| *o = y * x);
             }
@@ -120,15 +126,15 @@ impl Host<'_> {
 
     /// Gradients of left, right and weight.
     fn backward(&self, upstream: &[f32]) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-        let (a, b, k, tile) = (self.a, self.b, self.a * self.b, self.tile());
+        let (b, width, k, tile) = (self.b, self.width, self.a * self.b, self.tile());
         let (mut left, mut right) = (vec![0f32; self.left.len()], vec![0f32; self.right.len()]);
-        let blocks = left.par_chunks_mut(BLOCK * a).zip(right.par_chunks_mut(BLOCK * b)).enumerate();
+        let blocks = left.par_chunks_mut(BLOCK * width).zip(right.par_chunks_mut(BLOCK * b)).enumerate();
         let weights: Vec<Vec<f32>> = blocks
             .map(|(block, (left, right))| {
                 let mut held = vec![0f32; tile * k];
                 let mut weight = vec![0f32; k * self.out];
-                for (n, (left, right)) in left.chunks_mut(tile * a).zip(right.chunks_mut(tile * b)).enumerate() {
-                    let (first, rows) = (block * BLOCK + n * tile, left.len() / a);
+                for (n, (left, right)) in left.chunks_mut(tile * width).zip(right.chunks_mut(tile * b)).enumerate() {
+                    let (first, rows) = (block * BLOCK + n * tile, left.len() / width);
                     let flow = &upstream[first * self.out..][..rows * self.out];
                     self.products(first..first + rows, &mut held);
                     multiply(&mut weight, [k, self.out, rows], (&held, 1, k), (flow, self.out, 1), true);
@@ -147,9 +153,9 @@ impl Host<'_> {
 
     /// Gradients of the products `[rows, b * a]` from row `first` on -> those of left and right.
     fn split(&self, first: usize, flow: &[f32], left: &mut [f32], right: &mut [f32]) {
-        let (a, b) = (self.a, self.b);
-        for (n, (left, right)) in left.chunks_exact_mut(a).zip(right.chunks_exact_mut(b)).enumerate() {
-            let (x, y) = (&self.left[(first + n) * a..][..a], &self.right[(first + n) * b..][..b]);
+        let (a, b, width) = (self.a, self.b, self.width);
+        for (n, (left, right)) in left.chunks_exact_mut(width).zip(right.chunks_exact_mut(b)).enumerate() {
+            let (x, y) = (&self.left[(first + n) * width..][..a], &self.right[(first + n) * b..][..b]);
             for ((flow, &y), right) in flow[n * a * b..].chunks_exact(a).zip(y).zip(right) {
                 left.iter_mut().zip(flow).for_each(|(l, f)| *l += f * y);
                 // Eight sums side by side, which fit a register.
@@ -173,13 +179,13 @@ mod tests {
     #[test]
     fn values_and_gradients_equal_those_of_the_plain_operations() {
         // Rows in several tiles and blocks, widths that are no multiple of eight.
-        for [rows, a, b, out] in [[5, 3, 2, 4], [4100, 70, 5, 3], [1, 1, 1, 1], [40, 9, 9, 7]] {
-            let left = (numbers(rows * a, 0.7), vec![rows, a]);
+        for [rows, width, a, b, out] in [[5, 3, 3, 2, 4], [4100, 71, 70, 5, 3], [1, 1, 1, 1, 1], [40, 18, 9, 9, 7]] {
+            let left = (numbers(rows * width, 0.7), vec![rows, width]);
             let right = (numbers(rows * b, 0.3), vec![rows, b]);
             let weight = (numbers(a * b * out, 1.9), vec![a * b, out]);
-            agree(&PairProducts { a, b, out }, [left, right, weight]);
+            agree(&PairProducts { width, a, b, out }, [left, right, weight]);
         }
-        let nothing = PairProducts { a: 2, b: 3, out: 4 };
+        let nothing = PairProducts { width: 2, a: 2, b: 3, out: 4 };
         assert!(nothing.forward([&[], &[], &[0.5; 24]]).is_empty());
     }
 }

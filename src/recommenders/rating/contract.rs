@@ -118,7 +118,7 @@ fn the_same_seed_gives_the_same_bits_and_files_give_the_same_model() {
         valid_ratings: &ratings,
     };
     for backbone in backbones() {
-        let mut hyper = with(quick(), json!({"epochs": 4, "batch_size": 2}));
+        let mut hyper = with(quick(), json!({"epochs": 4, "batch_size": 2, "recent_decay": 0.7}));
         for key in ["dnn_dropout", "bi_dropout", "afm_dropout"].into_iter().filter(|k| has(backbone, k)) {
             hyper[key] = json!(0.3);
         }

@@ -21,8 +21,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::layers::Pass;
-use super::layout::{Batch, Layout, Scratch};
+use super::layout::{Batch, Layout, RecentOf, Scratch, Source};
 use super::predictor::Fitted;
+use super::recent::Recent;
 use super::{Predictor, RatingFit, Ratings, rmse};
 use crate::device::{ModelBackend, OnBackend};
 use crate::error::Result;
@@ -47,6 +48,11 @@ pub struct Common {
     /// Standard deviation of the initial embeddings. DeepCTR-Torch: 0.0001.
     #[schemars(range(min = 0.0, max = 10.0))]
     pub init_std: f64,
+    /// Decay of one more dense field of our own, 0 to below 1; 0 = no such field, as in the papers. It is the mean
+    /// deviation of the user's earlier train ratings from their items' means, each one older counting `recent_decay`
+    /// times as much; a train row sees earlier rows only, a prediction all train rows. Give train rows in time order.
+    #[schemars(range(min = 0.0, max = 0.999))]
+    pub recent_decay: f64,
     /// Steps and epochs.
     #[serde(flatten)]
     pub schedule: Schedule,
@@ -254,7 +260,8 @@ impl<M: RatingModel> OnBackend for Task<'_, M> {
 
     fn on<B: ModelBackend>(self, device: &B::Device) -> Result<RatingFit> {
         let Task { model, data, ctx } = self;
-        let layout = Layout::new(data.fields);
+        let recent_decay = model.common().recent_decay;
+        let layout = Layout::new(data.fields, recent_decay > 0.0);
         let mut rng = ChaCha8Rng::seed_from_u64(ctx.seed);
         let n = data.train.len();
         let ratings = data.train_ratings;
@@ -267,6 +274,7 @@ impl<M: RatingModel> OnBackend for Task<'_, M> {
             // Without train rows there is no range.
             range: if n == 0 { [f32::NEG_INFINITY, f32::INFINITY] } else { range },
             adam: Adam::new(model.common().schedule.learning_rate),
+            recent: (recent_decay > 0.0).then(|| Recent::new(data, recent_decay)),
             network,
             scratch: layout.scratch(),
             layout,
@@ -289,7 +297,8 @@ fn forget_unseen<M: RatingModel, B: ModelBackend>(
     let places: Vec<u32> = (0..data.train.len() as u32).collect();
     let mut scratch = layout.scratch();
     for chunk in places.chunks(1 << 16) {
-        let batch = layout.batch((data.users, data.items, data.train), chunk, &mut scratch);
+        let source = Source { users: data.users, items: data.items, rows: data.train, recent: RecentOf::None };
+        let batch = layout.batch(source, chunk, &mut scratch);
         batch.rows.iter().for_each(|&row| seen[row as usize] = true);
     }
     let mut tensors = network.params.tensors();
@@ -309,6 +318,7 @@ struct RatingLearner<'a, M: RatingModel, B: ModelBackend> {
     network: Network<M, B>,
     layout: Layout,
     scratch: Scratch,
+    recent: Option<Recent>,
     data: &'a Ratings<'a>,
 }
 
@@ -323,7 +333,9 @@ impl<M: RatingModel, B: ModelBackend> Learner for RatingLearner<'_, M, B> {
         let size = self.network.model.common().schedule.batch_size as usize;
         for (step, places) in order.chunks(size).enumerate() {
             watch.check()?;
-            let batch = self.layout.batch((data.users, data.items, data.train), places, &mut self.scratch);
+            let recent = self.recent.as_ref().map_or(RecentOf::None, |r| RecentOf::Rows(&r.rows));
+            let source = Source { users: data.users, items: data.items, rows: data.train, recent };
+            let batch = self.layout.batch(source, places, &mut self.scratch);
             let ratings = places.iter().map(|&p| data.train_ratings[p as usize]).collect();
             let mut pass = Pass::<Autodiff<B>>::training(self.seed, number, step);
             let vars = self.network.params.tracked();
@@ -339,6 +351,9 @@ impl<M: RatingModel, B: ModelBackend> Learner for RatingLearner<'_, M, B> {
     fn fitted(&self) -> Result<Fitted<M>> {
         let mut tensors = self.network.params.tensors();
         tensors.push(NamedTensor::new("rating_range", vec![2], self.range.to_vec()));
+        if let Some(recent) = &self.recent {
+            tensors.push(NamedTensor::new("recent", vec![recent.users.len()], recent.users.clone()));
+        }
         Fitted::load(&self.network.model, self.data.fields, &Tensors::new(tensors))
     }
 
