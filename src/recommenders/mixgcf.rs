@@ -300,6 +300,7 @@ fn hardest_body(hop: &[f32], n_users: usize, user: &[f32], candidates: &[u32]) -
         let (a, b) = (user.chunks_exact(16), row.chunks_exact(16));
         let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(x, y)| x * y).sum();
         for (a, b) in a.zip(b) {
+            #[allow(clippy::needless_range_loop)] // the form that becomes vector code
             for n in 0..16 {
                 sums[n] += a[n] * b[n];
             }

@@ -58,6 +58,7 @@ impl Work for Chunk<'_> {
             let (x, y) = (x.chunks_exact(16), y.chunks_exact(16));
             let rest: f32 = x.remainder().iter().zip(y.remainder()).map(|(x, y)| x * y).sum();
             for (x, y) in x.zip(y) {
+                #[allow(clippy::needless_range_loop)] // the form that becomes vector code
                 for n in 0..16 {
                     sums[n] = multiply_add::<FMA>(x[n], y[n], sums[n]);
                 }
