@@ -120,7 +120,7 @@ impl SglHyper {
             contrast_temperature: 1.0,
             propagate_history: true,
             loss: LossHyper::new(loss),
-            schedule: LARGE_BATCHES,
+            schedule: Schedule { patience: 12, ..LARGE_BATCHES },
         };
         match loss {
             Loss::Softmax | Loss::SampledSoftmax => softmax,
