@@ -28,16 +28,16 @@ use crate::error::{Error, Result};
 /// Hyper-parameters of `autoint`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct AutoInt {
-    /// Number of attention layers; 0 = none. DeepCTR-Torch: 3.
+    /// Number of attention layers; 0 = none. Default 1 (DeepCTR-Torch: 3).
     #[schemars(range(min = 0, max = 32))]
     pub att_layer_num: u32,
-    /// Width of a head. DeepCTR: 8.
+    /// Width of a head. Default 8, as in DeepCTR.
     #[schemars(range(min = 1, max = 1024))]
     pub att_embedding_size: u32,
-    /// Number of heads. DeepCTR-Torch: 2.
+    /// Number of heads. Default 2, as in DeepCTR-Torch.
     #[schemars(range(min = 1, max = 64))]
     pub att_head_num: u32,
-    /// Whether a layer's input is added to its output through a matrix. DeepCTR-Torch: true.
+    /// Whether a layer's input is added to its output through a matrix. Default true, as in DeepCTR-Torch.
     pub att_res: bool,
     /// The perceptron.
     #[serde(flatten)]
@@ -47,21 +47,22 @@ pub struct AutoInt {
     pub common: Common,
 }
 
+/// Chosen on the validation ratings of ML-100K; each field tells the reference code's default.
 impl Default for AutoInt {
     fn default() -> Self {
         AutoInt {
-            att_layer_num: 3,
+            att_layer_num: 1,
             att_embedding_size: 8,
             att_head_num: 2,
             att_res: true,
-            dnn: Dnn::new(&[256, 128]),
+            dnn: Dnn { dnn_dropout: 0.2, ..Dnn::new(&[128, 64]) },
             common: Common {
-                embedding_dim: 8,
+                embedding_dim: 16,
                 l2_reg_linear: 1e-3,
-                l2_reg_embedding: 1e-2,
+                l2_reg_embedding: 3e-2,
                 init_std: 1e-2,
-                recent_decay: 0.0,
-                schedule: Schedule { learning_rate: 1e-3, batch_size: 1024, epochs: 100, eval_every: 1, patience: 5 },
+                recent_decay: 0.75,
+                schedule: Schedule { learning_rate: 2e-3, batch_size: 512, epochs: 100, eval_every: 1, patience: 5 },
             },
         }
     }

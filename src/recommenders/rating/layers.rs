@@ -83,17 +83,22 @@ impl Activation {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Dnn {
     /// Units of each hidden layer of the perceptron, first to last; each 1 to 65,536, empty = no perceptron.
-    /// DeepCTR-Torch: `deepfm` and `autoint` [256, 128], `nfm` and `dcn` [128, 128], `xdeepfm` [256, 256].
+    /// Default: `deepfm` and `autoint` [128, 64], `nfm` [64], `dcn` [128, 128], `xdeepfm` [256, 128] (DeepCTR-Torch:
+    /// `deepfm` and `autoint` [256, 128], `nfm` and `dcn` [128, 128], `xdeepfm` [256, 256]).
     pub dnn_hidden_units: Vec<u32>,
-    /// Weight of the sum of squares of the perceptron's matrices in the loss (the mean over a batch). DeepCTR-Torch: 0.
+    /// Weight of the sum of squares of the perceptron's matrices in the loss (the mean over a batch). Default 0, as in
+    /// DeepCTR-Torch.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub l2_reg_dnn: f64,
-    /// Share of the hidden units that a training step drops, 0 to below 1. DeepCTR-Torch: 0.
+    /// Share of the hidden units that a training step drops, 0 to .99. Default: `deepfm` 0.4, `xdeepfm` 0.3, `autoint` 0.2,
+    /// others 0 (DeepCTR-Torch: 0).
     #[schemars(range(min = 0.0, max = 0.99))]
     pub dnn_dropout: f64,
-    /// After each hidden layer: "relu", "sigmoid", "prelu" or "linear". DeepCTR-Torch: "relu" (its "dice" is not here).
+    /// After each hidden layer: "relu", "sigmoid", "prelu" or "linear". Default "relu", as in DeepCTR-Torch (whose "dice"
+    /// is not here).
     pub dnn_activation: Activation,
-    /// Whether each hidden layer is normalised over the batch before its activation. DeepCTR-Torch: false.
+    /// Whether each hidden layer is normalised over the batch before its activation. Default false, as in
+    /// DeepCTR-Torch.
     pub dnn_use_bn: bool,
 }
 

@@ -36,21 +36,24 @@ use crate::recommenders::{FitContext, Watch};
 /// The hyper-parameters that every rating model has.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Common {
-    /// Length of the embedding of a categorical value. DeepCTR-Torch: 4.
+    /// Length of the embedding of a categorical value. Default 16 (DeepCTR-Torch: 4).
     #[schemars(range(min = 1, max = 4096))]
     pub embedding_dim: u32,
-    /// Weight of the L2 term on the linear weights of a batch. DeepCTR-Torch: 0.00001 on the whole table.
+    /// Weight of the L2 term on the linear weights of a batch. Default 0.001, `deepfm` 0.03 (DeepCTR-Torch: 0.00001 on
+    /// the whole table).
     #[schemars(range(min = 0.0, max = 10.0))]
     pub l2_reg_linear: f64,
-    /// Weight of the L2 term on the embeddings of a batch. DeepCTR-Torch: 0.00001 on the whole table.
+    /// Weight of the L2 term on the embeddings of a batch. Default 0.03, `deepfm` 0.01, `afm` 0.00001 (DeepCTR-Torch:
+    /// 0.00001 on the whole table).
     #[schemars(range(min = 0.0, max = 10.0))]
     pub l2_reg_embedding: f64,
-    /// Standard deviation of the initial embeddings. DeepCTR-Torch: 0.0001.
+    /// Standard deviation of the initial embeddings. Default 0.01, `afm` 0.1 (DeepCTR-Torch: 0.0001).
     #[schemars(range(min = 0.0, max = 10.0))]
     pub init_std: f64,
-    /// Decay of one more dense field of our own, 0 to below 1; 0 = no such field, as in the papers. It is the mean
-    /// deviation of the user's earlier train ratings from their items' means, each one older counting `recent_decay`
-    /// times as much; a train row sees earlier rows only, a prediction all train rows. Give train rows in time order.
+    /// Decay of one more dense field, which is OURS and in none of the papers: how the user has rated of late, 0 to
+    /// below 1. It is the mean deviation of the user's earlier train ratings from their items' means, each older one
+    /// counting `recent_decay` times as much; a train row sees earlier rows only, a prediction all train rows. It needs
+    /// train rows in time order. 0 = no such field: the paper's model. Default 0.75.
     #[schemars(range(min = 0.0, max = 0.999))]
     pub recent_decay: f64,
     /// Steps and epochs.
