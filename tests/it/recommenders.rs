@@ -21,7 +21,7 @@ fn device() -> Device {
 fn quick(backbone: &Backbone) -> Value {
     let wanted = json!({
         "embedding_dim": 16, "learning_rate": 0.02, "l2": 0.0, "batch_size": 64, "epochs": 40, "dropout": 0.0,
-        "contrast_weight": 0.0,
+        "contrast_weight": 0.0, "loss": "bpr", "cosine": false,
     });
     // A name that the model does not have, or a value that it does not take, is left at its default.
     let taken = |(name, value): &(&String, &Value)| backbone.hyper(&json!({ name.as_str(): value })).is_ok();
