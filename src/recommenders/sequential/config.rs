@@ -151,6 +151,10 @@ pub struct OptimizerHyper {
     /// The norm that a step's gradient is scaled down to; 0 = as it is. Default 0, in `bert4rec` 5 (its paper).
     #[schemars(range(min = 0.0, max = 1000000.0))]
     pub clip_norm: f64,
+    /// How much the average of the weights keeps at each step; the average is what is validated and used. 0 = none: the
+    /// weights themselves (SELFRec). Default 0.99.
+    #[schemars(range(min = 0.0, max = 0.999999))]
+    pub average: f64,
     /// Epochs in which the step size grows linearly to `learning_rate`; fractions allowed. Default 1 (SELFRec: none).
     #[schemars(range(min = 0.0, max = 1000.0))]
     pub warmup_epochs: f64,
@@ -235,6 +239,7 @@ mod tests {
             l2: 0.0,
             weight_decay: 0.0,
             clip_norm: 0.0,
+            average: 0.0,
             warmup_epochs,
             decay,
             schedule: Schedule { learning_rate: 0.01, batch_size: 2, epochs: 10, eval_every: 1, patience: 3 },
