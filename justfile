@@ -36,6 +36,16 @@ bench-llm PYTHON GGUF PROMPTS *ARGS:
     cargo build --release
     {{ PYTHON }} peers/bench_llm.py --gguf {{ GGUF }} --prompts {{ PROMPTS }} {{ ARGS }}
 
+# The tables of docs/experiments.md: every model on MovieLens 100K, five seeds. What was fitted before is not fitted again.
+experiments:
+    cargo build --release
+    for task in baselines direct sequential rating; do target/release/tailfuse run pipelines/experiments/$task.toml; done
+
+# Our recommenders beside RecBole, torch and implicit, in turns; the head of the script says what to install first.
+bench-peers PYTHON DATA *ARGS:
+    cargo build --release --bench recommenders
+    {{ PYTHON }} peers/bench_recommenders.py --data {{ DATA }} {{ ARGS }}
+
 # Makes the generated references again: docs/pipeline.md and docs/tables.md.
 docs:
     cargo run --release -- schema --markdown > target/pipeline.md

@@ -153,8 +153,8 @@ class Case:
         x, outputs, sizes = e, [], self.h["cin_layer_size"]
         for k, maps in enumerate(sizes):
             w = self.get(f"cin.{k}.weight", x.shape[1] * FIELDS, maps, l2=self.h["l2_reg_cin"])
-            w = w.reshape(x.shape[1], FIELDS, maps)
-            x = torch.einsum("bid,bjd,ijh->bhd", x, e, w) + self.get(f"cin.{k}.bias", maps)[None, :, None]
+            w = w.reshape(FIELDS, x.shape[1], maps)
+            x = torch.einsum("bid,bjd,jih->bhd", x, e, w) + self.get(f"cin.{k}.bias", maps)[None, :, None]
             x = {"relu": F.relu, "sigmoid": torch.sigmoid, "linear": lambda x: x}[self.h["cin_activation"]](x)
             if self.h["cin_split_half"] and k + 1 < len(sizes):
                 x, out = x[:, : maps // 2], x[:, maps // 2 :]

@@ -164,6 +164,8 @@ pub const MESSAGE: &str = "message";
 pub const STAGE: &str = "stage";
 /// float64: a figure with ties of time in file order.
 pub const FILE_ORDER: &str = "file_order";
+/// float64: the same, of a model fitted again as those of the draws are.
+pub const FILE_ORDER_REFIT: &str = "file_order_refit";
 /// float64: mean over draws.
 pub const MEAN: &str = "mean";
 /// float64, nullable: standard deviation over draws.

@@ -144,20 +144,14 @@ fn open_cuda() -> Result<Device> {
     Ok(Device::Cuda(burn::backend::cuda::CudaDevice::new(0)))
 }
 
-#[cfg(feature = "cuda")]
-impl SparseBackend for burn::backend::Cuda {
-    type Sparse = crate::recommenders::sparse::RowTree<Self>;
+/// What the GPU back ends take from Burn's own operations; the sparse product is in [`crate::recommenders::sparse`].
+#[cfg(feature = "gpu")]
+mod gpu {
+    use super::{AdamBackend, FusedBackend};
+    use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
 
-    fn sparse_from_csr(csr: std::sync::Arc<crate::recommenders::sparse::Csr>, device: &Self::Device) -> Self::Sparse {
-        crate::recommenders::sparse::RowTree::new(&csr, device)
-    }
-
-    fn sparse_matmul(
-        sparse: &crate::recommenders::sparse::SparsePair<Self::Sparse>,
-        dense: burn::tensor::ops::FloatTensor<Self>,
-    ) -> burn::tensor::ops::FloatTensor<Self> {
-        sparse.forward().matmul(dense)
-    }
+    impl<R: CubeRuntime, F: FloatElement, I: IntElement, T: BoolElement> AdamBackend for CubeBackend<R, F, I, T> {}
+    impl<R: CubeRuntime, F: FloatElement, I: IntElement, T: BoolElement> FusedBackend for CubeBackend<R, F, I, T> {}
 }
 
 /// Looks for a GPU before Burn does, which would panic where there is none.

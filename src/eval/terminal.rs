@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::fmt::Write;
 
 use crate::columns::{
-    BASELINE, BUCKET, DRAWS, FILE_ORDER, HISTORY_AT_TEST, MAX, MEAN, MEAN_DIFFERENCE, METRIC, MIN, N, P, RANKING, SD,
-    SYSTEM, TIE_RULE, USERS, VALUE, WEIGHTS_FIT_ON,
+    BASELINE, BUCKET, DRAWS, FILE_ORDER, FILE_ORDER_REFIT, HISTORY_AT_TEST, MAX, MEAN, MEAN_DIFFERENCE, METRIC, MIN, N,
+    P, RANKING, SD, SYSTEM, TIE_RULE, USERS, VALUE, WEIGHTS_FIT_ON,
 };
 use crate::error::Result;
 use crate::eval::buckets::Slice;
@@ -80,13 +80,12 @@ impl Figures {
         let said = |column: &str| -> Result<String> {
             Ok(some_text(metrics.strings(column)?).into_iter().next().unwrap_or_default())
         };
-        let protocol = format!(
-            "({} ranking, known at test: {}, weights fitted on: {}, ties: {})",
-            said(RANKING)?,
-            said(HISTORY_AT_TEST)?,
-            said(WEIGHTS_FIT_ON)?,
-            said(TIE_RULE)?
-        );
+        let rest = format!("weights fitted on: {}, ties: {}", said(WEIGHTS_FIT_ON)?, said(TIE_RULE)?);
+        let protocol = match said(RANKING)?.as_str() {
+            // Nothing is ranked, and no history is read.
+            "pairs" => format!("({rest})"),
+            ranking => format!("({ranking} ranking, known at test: {}, {rest})", said(HISTORY_AT_TEST)?),
+        };
         // The LLM has no row over all users: take the order of the systems from the asked ones.
         let asked: Vec<String> =
             system.iter().zip(&scope).filter(|(_, s)| *s == ASKED_USERS).map(|(name, _)| name.clone()).collect();
@@ -161,10 +160,10 @@ pub fn render_ties(ties: &Table) -> Result<String> {
     let mut table = TextTable::new();
     table.load_preset(presets::ASCII_MARKDOWN);
     let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
-    let head = ["ties in", FILE_ORDER, MEAN, SD, MIN, MAX];
+    let head = ["metric", FILE_ORDER, FILE_ORDER_REFIT, MEAN, SD, MIN, MAX];
     table.set_header(head.map(|h| right(h.replace('_', " "))));
     let metrics = some_text(ties.strings(METRIC)?);
-    let numbers: Vec<ArrayRef> = [FILE_ORDER, MEAN, SD, MIN, MAX]
+    let numbers: Vec<ArrayRef> = [FILE_ORDER, FILE_ORDER_REFIT, MEAN, SD, MIN, MAX]
         .iter()
         .map(|name| ties.column_as(name, &DataType::Float64))
         .collect::<Result<_>>()?;
@@ -177,7 +176,9 @@ pub fn render_ties(ties: &Table) -> Result<String> {
         table.add_row(cells);
     }
     let draws = ties.i64s(DRAWS)?.first().copied().unwrap_or_default();
-    Ok(format!("The recommender with interactions of equal time in file order, and in {draws} random orders\n{table}"))
+    Ok(format!(
+        "The recommender with interactions of equal time in file order, and in {draws} random orders (fitted again for each)\n{table}"
+    ))
 }
 
 /// Mean and standard deviation over the seeds of each search, a line per search. One text per kind of metrics.

@@ -210,8 +210,14 @@ pub async fn texts(pipeline: &Pipeline, report: &RunReport) -> Result<Vec<String
         tables.iter().map(|t| format!("{} rows: {}", t["rows"], t["uri"].as_str().unwrap_or_default())).collect();
     if let Some(first) = tables.first() {
         let table = first["table"].as_str().unwrap_or_default();
+        let question = match of_kind(report, "fuse").next() {
+            Some(_) => format!(
+                "select user_id, rank, title, rec_rank, llm_rank, alpha, source from {table} order by alpha desc, user_id, rank limit 10"
+            ),
+            None => format!("select * from {table} limit 10"),
+        };
         texts.push(format!(
-            "{}\nTry:\n  tailfuse sql --pipeline {} \\\n    \"select user_id, rank, title, rec_rank, llm_rank, alpha, source from {table} order by alpha desc, user_id, rank limit 10\"",
+            "{}\nTry:\n  tailfuse sql --pipeline {} \\\n    \"{question}\"",
             places.join("\n"),
             pipeline.file.display(),
         ));

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::saved::Tensors;
+use super::saved::{Tensors, read_f32, write_f32};
 use super::{Fit, FitContext, Interactions, Scorer, Unwatched, Watch, registry, topk};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -122,6 +122,8 @@ fn any_number_of_threads_gives_the_same_bits_and_a_file_the_same_scores() {
         let loaded = backbone.scorer(&hyper, &Tensors::new(tensors.clone())).unwrap();
         assert_eq!((loaded.n_users(), loaded.n_items()), (30, 20));
         assert_eq!(scores(loaded.as_ref(), &train), out, "{name}");
+        let reread = backbone.scorer(&hyper, &Tensors::new(read_f32(&write_f32(&tensors).unwrap(), "x").unwrap()));
+        assert_eq!(scores(reread.unwrap().as_ref(), &train), out, "{name}");
         for left_out in 0..tensors.len() {
             let mut less = tensors.clone();
             less.remove(left_out);

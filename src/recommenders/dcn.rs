@@ -36,13 +36,14 @@ pub enum Cross {
 /// Hyper-parameters of `dcn`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Dcn {
-    /// Number of cross layers; 0 = none. DeepCTR-Torch: 2.
+    /// Number of cross layers; 0 = none. Default 2, as in DeepCTR-Torch.
     #[schemars(range(min = 0, max = 32))]
     pub cross_num: u32,
-    /// Weights of a cross layer: "vector" (version 1) or "matrix" (version 2). DeepCTR-Torch: "vector".
+    /// Weights of a cross layer: "vector" (version 1) or "matrix" (version 2). Default "vector", as in
+    /// DeepCTR-Torch.
     pub cross_parameterization: Cross,
     /// Weight of the sum of squares of the cross layers' weights in the loss (the mean over a batch).
-    /// DeepCTR-Torch: 0.00001.
+    /// Default 0.00001, as in DeepCTR-Torch.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub l2_reg_cross: f64,
     /// The perceptron.
@@ -53,6 +54,7 @@ pub struct Dcn {
     pub common: Common,
 }
 
+/// Chosen on the validation ratings of ML-100K; each field tells the reference code's default.
 impl Default for Dcn {
     fn default() -> Self {
         Dcn {
@@ -61,11 +63,12 @@ impl Default for Dcn {
             l2_reg_cross: 1e-5,
             dnn: Dnn::new(&[128, 128]),
             common: Common {
-                embedding_dim: 8,
+                embedding_dim: 16,
                 l2_reg_linear: 1e-3,
-                l2_reg_embedding: 1e-2,
+                l2_reg_embedding: 3e-2,
                 init_std: 1e-2,
-                schedule: Schedule { learning_rate: 1e-3, batch_size: 1024, epochs: 100, eval_every: 1, patience: 5 },
+                recent_decay: 0.75,
+                schedule: Schedule { learning_rate: 1e-3, batch_size: 256, epochs: 100, eval_every: 1, patience: 5 },
             },
         }
     }

@@ -54,7 +54,15 @@ pub fn check(model: &str, schema: &Schema, given: &Value) -> Result<()> {
 /// # Errors
 /// What serde finds that [`check`] does not look at (exit 78).
 pub fn parse<T: DeserializeOwned + Serialize + Default>(model: &str, given: Value) -> Result<T> {
-    let mut full = to_json(&T::default());
+    parse_over(model, &T::default(), given)
+}
+
+/// The same over other defaults, where they depend on something that is given.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_over<T: DeserializeOwned + Serialize>(model: &str, defaults: &T, given: Value) -> Result<T> {
+    let mut full = to_json(defaults);
     if let (Value::Object(full), Value::Object(given)) = (&mut full, given) {
         full.extend(given);
     }
@@ -167,6 +175,6 @@ mod tests {
     fn what_is_given_replaces_the_default() {
         let hyper = registry::find("lightgcn").unwrap().recommender(&json!({"layers": 2})).unwrap().hyper();
         assert_eq!(hyper["layers"], 2);
-        assert_eq!(hyper["embedding_dim"], 64);
+        assert_eq!(hyper["embedding_dim"], 128);
     }
 }

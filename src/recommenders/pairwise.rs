@@ -23,6 +23,10 @@ use crate::error::Result;
 use crate::eval::metrics::ndcg_at;
 use crate::interactions::sampler::NegativeSampler;
 
+/// The default schedule of the softmax losses.
+pub const LARGE_BATCHES: Schedule =
+    Schedule { learning_rate: 0.05, batch_size: 131_072, epochs: 500, eval_every: 5, patience: 20 };
+
 /// Hyper-parameters of a model that learns from pairs.
 pub trait PairRecommender: Sync {
     /// The model on a back end.

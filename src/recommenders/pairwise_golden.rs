@@ -1,9 +1,13 @@
 //! Golden values of `peers/golden_direct.py` against the models that learn from pairs.
 
 use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use burn::backend::{Autodiff, Flex};
 use burn::tensor::Tensor;
+use bytes::Bytes;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
@@ -12,8 +16,10 @@ use serde_json::Value;
 use super::optim::{Params, Vars};
 use super::pairwise::{PairModel, PairRecommender};
 use super::saved::{NamedTensor, Tensors};
-use super::{BACKBONES, FitContext, Interactions, Recommender, Scorer, Unwatched, registry, topk};
+use super::trainer::Checkpoints;
+use super::{BACKBONES, Epoch, FitContext, Interactions, Recommender, Scorer, Unwatched, Watch, registry, topk};
 use crate::device::Device;
+use crate::error::{Error, Result};
 use crate::interactions::Histories;
 use crate::interactions::sampler::NegativeSampler;
 
@@ -116,9 +122,40 @@ fn close(what: &str, got: &[f32], want: &[f32]) {
     }
 }
 
+#[derive(Default)]
+struct Kept(Mutex<Option<BTreeMap<String, Bytes>>>);
+
+impl Checkpoints for Kept {
+    fn load(&self) -> Result<Option<BTreeMap<String, Bytes>>> {
+        Ok(self.0.lock().unwrap().clone())
+    }
+    fn save(&self, files: BTreeMap<String, Bytes>) -> Result<()> {
+        *self.0.lock().unwrap() = Some(files);
+        Ok(())
+    }
+    fn every(&self) -> Duration {
+        Duration::ZERO
+    }
+}
+
+/// Stops a fit after that many epochs.
+struct Stop(AtomicUsize);
+
+impl Watch for Stop {
+    fn epoch(&self, _: &Epoch) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+    fn check(&self) -> Result<()> {
+        match self.0.load(Ordering::SeqCst) {
+            0 => Err(Error::internal("stopped")),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// What every model that learns from pairs must do on a checkerboard: users like the items of their own parity, and the
-/// one pair of each that was left out comes first; the same seed gives the same model, also on several threads; a saved
-/// model scores alike; data without anything to learn does no harm.
+/// one pair of each that was left out comes first; the same seed gives the same model, also on several threads and after an
+/// interruption; a saved model scores alike; data without anything to learn does no harm.
 pub fn contract(name: &str, given: Value) {
     let mut full = serde_json::json!({"embedding_dim": 16, "learning_rate": 0.05, "batch_size": 32, "epochs": 60, "eval_every": 10, "l2": 1e-5});
     full.as_object_mut().unwrap().extend(given.as_object().unwrap().clone());
@@ -145,6 +182,14 @@ pub fn contract(name: &str, given: Value) {
         rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap().install(|| fit(&train, N as usize, &[], 3));
     assert_eq!(again.scorer.tensors(), first.scorer.tensors(), "{name} {full}");
     assert_ne!(fit(&train, N as usize, &[], 4).scorer.tensors(), first.scorer.tensors());
+    // Stopped in its 21st epoch and resumed.
+    let data = Interactions { n_users: N as usize, n_items: N as usize, train: &train, valid: &[] };
+    let (kept, stop) = (Kept::default(), Stop(AtomicUsize::new(20)));
+    let context = |watch, checkpoints| FitContext { seed: 3, device: &Device::Cpu, watch, checkpoints };
+    assert!(recommender.fit(&data, &context(&stop, Some(&kept))).is_err());
+    let resumed = recommender.fit(&data, &context(&Unwatched, Some(&kept))).unwrap();
+    assert_eq!(resumed.epochs.len(), 60);
+    assert_eq!(resumed.scorer.tensors(), first.scorer.tensors(), "{name} {full}, resumed");
     let loaded = backbone.scorer(&recommender.hyper(), &Tensors::new(first.scorer.tensors())).unwrap();
     let scores = |scorer: &dyn Scorer| {
         let scorer = scorer.with_history(&train);

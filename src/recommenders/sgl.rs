@@ -24,13 +24,13 @@ use super::graph::{Bipartite, Propagation};
 use super::lightgcn::{Nodes, TrainGraph, load_scorer, scorer_over};
 use super::ops::linear_cross_entropy;
 use super::optim::{Params, Vars};
-use super::pairwise::{self, Batch, PairModel, PairRecommender};
+use super::pairwise::{self, Batch, LARGE_BATCHES, PairModel, PairRecommender};
 use super::ranking_loss::{Draw, Loss, LossHyper, RankingLoss, View, distinct, unit_rows};
 use super::registry::{Backbone, Make, Task};
 use super::saved::Tensors;
 use super::sparse::SparseMatrix;
 use super::trainer::Schedule;
-use super::{Fit, FitContext, Interactions, Recommender, hyper};
+use super::{Embeds, Fit, FitContext, Interactions, Recommender, hyper};
 use crate::device::ModelBackend;
 use crate::error::Result;
 use crate::interactions::sampler::NegativeSampler;
@@ -50,25 +50,28 @@ pub enum Augmentation {
 /// Hyper-parameters of `sgl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct SglHyper {
-    /// Length of the users' and items' embeddings. Default 64 (SELFRec `conf/SGL.yaml`: 64).
+    /// Length of the users' and items' embeddings. Default 128, with `bpr` 64 (SELFRec `conf/SGL.yaml`: 64).
     #[schemars(range(min = 1, max = 4096))]
     pub embedding_dim: u32,
-    /// Number of propagations over the graph, K. Default 2 (SELFRec `conf/SGL.yaml`, `n_layer`).
+    /// Number of propagations over the graph, K. Default 3 (SELFRec `conf/SGL.yaml`, `n_layer`: 2; the paper: 3).
     #[schemars(range(min = 1, max = 10))]
     pub layers: u32,
-    /// Weight of the L2 term on the ego embeddings of a batch. Default 0.0001 (SELFRec `conf/SGL.yaml`).
+    /// Weight of the L2 term on the ego embeddings of a batch. Default 0.005, with `bpr` 0.0001 (SELFRec
+    /// `conf/SGL.yaml`: 0.0001).
     #[schemars(range(min = 0.0, max = 10.0))]
     pub l2: f64,
     /// How the two subgraphs of an epoch are drawn: `edge-drop`, `node-drop`, or `random-walk` (another edge drop for
     /// each layer). Default `edge-drop` (SELFRec `conf/SGL.yaml`, `aug_type`: 1).
     pub augmentation: Augmentation,
-    /// Share of the edges or nodes that a subgraph leaves out. Default 0.1 (SELFRec `conf/SGL.yaml`).
+    /// Share of the edges or nodes that a subgraph leaves out. Default 0.3, with `bpr` 0.1 (SELFRec
+    /// `conf/SGL.yaml`: 0.1).
     #[schemars(range(min = 0.0, max = 0.99))]
     pub drop_rate: f64,
-    /// Weight of the contrastive loss. Default 0.1 (SELFRec `conf/SGL.yaml`, `lambda`).
+    /// Weight of the contrastive loss. Default 0.003, with `bpr` 0.02 (SELFRec `conf/SGL.yaml`, `lambda`: 0.1).
     #[schemars(range(min = 0.0, max = 100.0))]
     pub contrast_weight: f64,
-    /// What cosines are divided by in the contrastive loss. Default 0.2 (SELFRec `conf/SGL.yaml`, `temp`).
+    /// What cosines are divided by in the contrastive loss. Default 1, with `bpr` 0.2 (SELFRec
+    /// `conf/SGL.yaml`, `temp`: 0.2).
     #[schemars(range(min = 0.01, max = 10.0))]
     pub contrast_temperature: f64,
     /// Whether embeddings are propagated anew over the history that is known when the model scores (train and
@@ -84,18 +87,7 @@ pub struct SglHyper {
 
 impl Default for SglHyper {
     fn default() -> Self {
-        SglHyper {
-            embedding_dim: 64,
-            layers: 2,
-            l2: 1e-4,
-            augmentation: Augmentation::EdgeDrop,
-            drop_rate: 0.1,
-            contrast_weight: 0.1,
-            contrast_temperature: 0.2,
-            propagate_history: true,
-            loss: LossHyper::new(Loss::Bpr),
-            schedule: Schedule { learning_rate: 5e-3, batch_size: 2048, epochs: 200, eval_every: 2, patience: 10 },
-        }
+        SglHyper::defaults(Loss::Softmax)
     }
 }
 
@@ -115,8 +107,38 @@ pub const BACKBONE: Backbone = Backbone {
 };
 
 impl SglHyper {
+    /// Tuned on the validation part of MovieLens-100K. A softmax over all items already spreads the embeddings as the
+    /// contrast does, which therefore needs less weight and a higher temperature beside it than beside BPR.
+    fn defaults(loss: Loss) -> Self {
+        let softmax = SglHyper {
+            embedding_dim: 128,
+            layers: 3,
+            l2: 5e-3,
+            augmentation: Augmentation::EdgeDrop,
+            drop_rate: 0.3,
+            contrast_weight: 0.003,
+            contrast_temperature: 1.0,
+            propagate_history: true,
+            loss: LossHyper::new(loss),
+            schedule: Schedule { patience: 12, ..LARGE_BATCHES },
+        };
+        match loss {
+            Loss::Softmax | Loss::SampledSoftmax => softmax,
+            Loss::Bpr => SglHyper {
+                embedding_dim: 64,
+                l2: 1e-4,
+                drop_rate: 0.1,
+                contrast_weight: 0.02,
+                contrast_temperature: 0.2,
+                schedule: Schedule { learning_rate: 0.01, batch_size: 8192, epochs: 200, eval_every: 2, patience: 10 },
+                ..softmax
+            },
+        }
+    }
+
     fn build(given: serde_json::Value) -> Result<Self> {
-        let mut hyper = hyper::parse::<SglHyper>("sgl", given)?;
+        let defaults = SglHyper::defaults(LossHyper::asked(&given).unwrap_or(Loss::Softmax));
+        let mut hyper: SglHyper = hyper::parse_over("sgl", &defaults, given)?;
         hyper.loss.resolve("sgl")?;
         Ok(hyper)
     }
@@ -129,6 +151,10 @@ impl SglHyper {
 impl Recommender for SglHyper {
     fn hyper(&self) -> serde_json::Value {
         hyper::to_json(self)
+    }
+
+    fn embeds(&self) -> Embeds {
+        Embeds::Both
     }
 
     fn fit(&self, data: &Interactions<'_>, ctx: &FitContext<'_>) -> Result<Fit> {

@@ -1,6 +1,6 @@
 //! xDeepFM (Lian et al. 2018, arXiv 1803.05170): a compressed interaction network (CIN) beside a perceptron.
 //!
-//! CIN, per dimension of the embeddings: map `h` of layer k is `act(sum over i, j of W[h, i, j] x(k-1)[i] x(0)[j] + b[h])`
+//! CIN, per dimension of the embeddings: map `h` of layer k is `act(sum over j, i of W[h, j, i] x(0)[j] x(k-1)[i] + b[h])`
 //! (eq. 6); the maps are summed over the dimensions and weighted into the output. With `cin_split_half` the first half of
 //! a layer's maps goes on to the next layer and the second half to the output (the last layer: all to the output).
 //! `y = bias + linear + w . cin + v . mlp(all embeddings, dense values)` (eq. 9).
@@ -12,8 +12,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::ops::pair_products;
 use super::optim::{ParamId, Params, Vars, xavier_normal};
-use super::rating::layers::{Activation, Dnn, Mlp, Pass, check_layers, penalty, plus};
+use super::rating::layers::{Activation, Dnn, Mlp, Pass, check_layers, penalty, plus, sum_groups};
 use super::rating::learner::{self, Common, Inputs, RatingModel, Sizes};
 use super::rating::predictor::Fitted;
 use super::rating::{RatingFit, RatingRecommender, Ratings};
@@ -27,14 +28,14 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct XDeepFm {
     /// Feature maps of each CIN layer, first to last; each 1 to 65,536, empty = no CIN. With `cin_split_half` all but
-    /// the last must be even. DeepCTR-Torch: [256, 128].
+    /// the last must be even. Default [16] (DeepCTR-Torch: [256, 128]).
     pub cin_layer_size: Vec<u32>,
     /// Whether half of the maps of a layer go to the next and the other half to the output; false = all go to both.
-    /// DeepCTR-Torch: true.
+    /// Default true, as in DeepCTR-Torch.
     pub cin_split_half: bool,
-    /// Of the feature maps: "relu", "sigmoid" or "linear". DeepCTR-Torch: "relu".
+    /// Of the feature maps: "relu", "sigmoid" or "linear". Default "relu", as in DeepCTR-Torch.
     pub cin_activation: Activation,
-    /// Weight of the sum of squares of the CIN's matrices in the loss (the mean over a batch). DeepCTR-Torch: 0.
+    /// Weight of the sum of squares of the CIN's matrices in the loss (the mean over a batch). Default 0, as in DeepCTR-Torch.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub l2_reg_cin: f64,
     /// The perceptron.
@@ -45,20 +46,22 @@ pub struct XDeepFm {
     pub common: Common,
 }
 
+/// Chosen on the validation ratings of ML-100K; each field tells the reference code's default.
 impl Default for XDeepFm {
     fn default() -> Self {
         XDeepFm {
-            cin_layer_size: vec![256, 128],
+            cin_layer_size: vec![16],
             cin_split_half: true,
             cin_activation: Activation::Relu,
             l2_reg_cin: 0.0,
-            dnn: Dnn::new(&[256, 256]),
+            dnn: Dnn { dnn_dropout: 0.3, ..Dnn::new(&[256, 128]) },
             common: Common {
-                embedding_dim: 8,
+                embedding_dim: 16,
                 l2_reg_linear: 1e-3,
-                l2_reg_embedding: 1e-2,
+                l2_reg_embedding: 3e-2,
                 init_std: 1e-2,
-                schedule: Schedule { learning_rate: 1e-3, batch_size: 1024, epochs: 100, eval_every: 1, patience: 5 },
+                recent_decay: 0.75,
+                schedule: Schedule { learning_rate: 1e-3, batch_size: 256, epochs: 100, eval_every: 1, patience: 5 },
             },
         }
     }
@@ -93,7 +96,7 @@ fn parse(given: serde_json::Value) -> Result<XDeepFm> {
     Ok(model)
 }
 
-/// CIN layers (weight `[maps before * fields, maps]` and bias), its output weights, the perceptron, its output weights.
+/// CIN layers (weight `[fields * maps before, maps]` and bias), its output weights, the perceptron, its output weights.
 pub struct Weights {
     cin: Vec<(ParamId, ParamId)>,
     cin_out: Option<ParamId>,
@@ -135,26 +138,29 @@ impl RatingModel for XDeepFm {
         let [n, fields, dim] = inputs.embeddings.dims();
         let mut y = Tensor::zeros([n, 1], &inputs.embeddings.device());
         if let Some(out) = weights.cin_out {
+            let (out, device) = (vars.get::<2>(out), inputs.embeddings.device());
             // One row per rating and dimension, so that a layer is one matrix product.
             let x0 = inputs.embeddings.clone().swap_dims(1, 2).reshape([n * dim, fields]);
-            let mut x = x0.clone();
-            let mut outputs = Vec::new();
+            let (mut x, mut before, mut used) = (x0.clone(), fields, 0);
+            let mut terms = Tensor::zeros([n * dim, 1], &device);
             for (k, &(weight, bias)) in weights.cin.iter().enumerate() {
-                let [rows, before] = x.dims();
                 let bias = vars.get::<1>(bias);
                 let maps = bias.dims()[0];
-                let products = x.reshape([rows, before, 1]) * x0.clone().reshape([rows, 1, fields]);
-                let products = products.reshape([rows, before * fields]);
-                let all = products.matmul(vars.get::<2>(weight)) + bias.reshape([1, maps]);
+                let all = pair_products((x, before), x0.clone(), vars.get::<2>(weight)) + bias.reshape([1, maps]);
                 let all = self.cin_activation.apply(all);
+                // The maps that go on to the next layer only have an output weight of 0: no copy of either half.
                 let halved = self.cin_split_half && k + 1 < weights.cin.len();
                 let first = if halved { maps / 2 } else { 0 };
-                x = if halved { all.clone().slice([0..rows, 0..first]) } else { all.clone() };
-                outputs.push(all.slice([0..rows, first..maps]));
+                let part = out.clone().slice([used..used + maps - first, 0..1]);
+                let part = match first {
+                    0 => part,
+                    _ => Tensor::cat(vec![Tensor::zeros([first, 1], &device), part], 0),
+                };
+                terms = terms + all.clone().matmul(part);
+                used += maps - first;
+                (x, before) = (all, if halved { first } else { maps });
             }
-            let all = Tensor::cat(outputs, 1);
-            let maps = all.dims()[1];
-            y = all.reshape([n, dim, maps]).sum_dim(1).reshape([n, maps]).matmul(vars.get::<2>(out));
+            y = sum_groups(terms.reshape([n, dim]), 1);
         }
         if let Some(out) = weights.dnn_out {
             y = y + weights.mlp.apply(vars, inputs.flat(), pass).matmul(vars.get::<2>(out));

@@ -24,7 +24,8 @@ use super::train::outputs::id_type;
 use crate::columns::{ITEM_ID, PREDICTED_RATING, USER_ID};
 use crate::error::{Error, Result};
 use crate::interactions::fields::{Entities, Field as SideField, Kind, Rows, Side, Values};
-use crate::recommenders::saved::TrainedRater;
+use crate::recommenders::saved::{TrainedRater, read_card};
+use crate::recommenders::{Task, registry};
 use crate::tables::Table;
 
 /// `kind = "predict"`.
@@ -134,6 +135,11 @@ fn predictions(
     observer: &dyn Observer,
     cancel: &Cancel,
 ) -> Result<StageResult> {
+    let card = read_card(&artifact.files).map_err(|e| e.at("input `model`"))?;
+    if registry::find(&card.model).is_ok_and(|backbone| backbone.task != Task::Rating) {
+        return Err(Error::spec(format!("`{}` ranks items and does not predict ratings", card.model))
+            .with_help("name the `train` stage of a rating model, or use a `recommend` stage"));
+    }
     let model = TrainedRater::from_files(&artifact.files).map_err(|e| e.at("input `model`"))?;
     ids_like(pairs, "pairs", USER_ID, &model.users)?;
     ids_like(pairs, "pairs", ITEM_ID, &model.items)?;

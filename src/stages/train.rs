@@ -95,7 +95,8 @@ pub struct TrainConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hyper_from: Option<String>,
     /// What the final weights are fitted on, where that is more than train: after the best epoch was found on validation the model is
-    /// fitted once more from the start, on both tables, for exactly so many epochs. Card, counters and metrics say so.
+    /// fitted once more from the start, on both tables, for exactly so many epochs (a step size that falls
+    /// with the epochs falls faster then). Card, counters and metrics say so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refit: Option<Refit>,
     /// Seconds of training that a stopped run may lose: a checkpoint is kept so often, between two epochs.

@@ -424,6 +424,11 @@ pub static EVALUATION_TIES: TableSpec = TableSpec {
         METRIC,
         CUT_OFF,
         column(columns::FILE_ORDER, Kind::Float64, "The figure of the model as it is, ties in file order."),
+        column(
+            columns::FILE_ORDER_REFIT,
+            Kind::Float64,
+            "The figure of file order, fitted again as the draws are: what their mean compares with.",
+        ),
         column(columns::MEAN, Kind::Float64, "Mean over the draws."),
         nullable(columns::SD, Kind::Float64, "Standard deviation over the draws (of a sample); null of a single one."),
         column(columns::MIN, Kind::Float64, "Least of the draws."),

@@ -39,6 +39,8 @@ mod split_ml100k;
 mod recommenders;
 // Training, search, prediction and evaluation as stages: resumed runs, bad input, every backbone.
 mod training;
+// Training on a GPU against training on the CPU, where there is a GPU.
+mod gpu;
 // Figures of the recommenders on MovieLens-100K (run by hand).
 mod recommenders_ml100k;
 

@@ -17,20 +17,15 @@ fn device() -> Device {
     DeviceChoice::Cpu.open().unwrap().device
 }
 
-/// Hyper-parameters that learn toy data in a moment, as far as a model has them.
+/// Hyper-parameters that learn toy data in a moment, as far as a model has and allows them.
 fn quick(backbone: &Backbone) -> Value {
     let wanted = json!({
         "embedding_dim": 16, "learning_rate": 0.02, "l2": 0.0, "batch_size": 64, "epochs": 40, "dropout": 0.0,
+        "contrast_weight": 0.0,
     });
-    let schema = (backbone.schema)();
-    let known = schema.get("properties").unwrap().as_object().unwrap();
-    wanted
-        .as_object()
-        .unwrap()
-        .iter()
-        .filter(|(name, _)| known.contains_key(*name))
-        .map(|(n, v)| (n.clone(), v.clone()))
-        .collect()
+    // A name that the model does not have, or a value that it does not take, is left at its default.
+    let taken = |(name, value): &(&String, &Value)| backbone.hyper(&json!({ name.as_str(): value })).is_ok();
+    wanted.as_object().unwrap().iter().filter(taken).map(|(n, v)| (n.clone(), v.clone())).collect()
 }
 
 /// The models that rank items; those that predict ratings have a contract of their own beside them.

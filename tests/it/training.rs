@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array, StringArray};
+use arrow::array::{ArrayRef, AsArray, Float64Array, Int64Array, StringArray};
 use arrow::datatypes::Float64Type;
 use serde_json::{Value, json};
 use tailfuse::device::DeviceChoice;
@@ -158,7 +158,7 @@ fn lines(users: i64, each: i64) -> Vec<Line> {
     (0..users)
         .flat_map(|u| {
             (0..each).map(move |n| {
-                let item = 2 * ((u * 3 + n * 2) % 12) + u % 2;
+                let item = 2 * ((u * 3 + n * 5) % 12) + u % 2;
                 let rating = 1.0 + ((u + item) % 5) as f64;
                 // Two at a time have the same time.
                 (u, item, rating, 100 + n / 2)
@@ -452,7 +452,7 @@ fn what_a_search_found_is_what_train_takes_and_evaluate_measures() {
     // Every user's last two have one time, so the draws differ.
     assert!(optional(&ties, "sd").into_iter().any(|sd| sd.unwrap() > 0.0));
     let again = bench.run("evaluate", config, &inputs).unwrap();
-    assert_eq!((&found.counters["draws_kept"], &again.counters["draws_kept"]), (&json!(0), &json!(3)));
+    assert_eq!((&found.counters["draws_kept"], &again.counters["draws_kept"]), (&json!(0), &json!(4)));
     assert_eq!(optional(&memory(&again, "tie_orders"), "mean"), mean);
 }
 
@@ -498,7 +498,7 @@ fn an_empty_space_is_one_trial_and_every_backbone_can_be_confirmed() {
         assert_eq!(result.counters["trials"], json!(1), "{}", backbone.name);
         // The trial's fit is the first one on test too.
         assert_eq!((&result.counters["fits"], &result.counters["fits_kept"]), (&json!(3), &json!(1)));
-        assert!(result.counters["best_valid"].as_f64().unwrap() > 0.0, "{}", backbone.name);
+        assert!(result.counters["best_valid"].is_number(), "{}: nothing was measured", backbone.name);
         check_figures(backbone.name, "search", &result);
     }
 }

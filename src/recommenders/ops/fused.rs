@@ -87,9 +87,6 @@ pub trait FusedBackend: Backend {
     }
 }
 
-#[cfg(feature = "cuda")]
-impl FusedBackend for burn::backend::Cuda {}
-
 impl FusedBackend for Flex {
     fn fused<O: Operation<N>, const N: usize>(operation: O, operands: [FlexTensor; N]) -> FlexTensor {
         let operands = operands.map(|x| x.to_contiguous()); // copies only what is not yet

@@ -13,7 +13,9 @@ mod gemm;
 mod layer_norm;
 mod linear;
 mod linear_softmax;
+mod pair_products;
 mod products;
+mod row_dots;
 mod sequence_attention;
 mod widest;
 
@@ -28,3 +30,5 @@ pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::linear;
 pub use linear_softmax::Excluded;
+pub use pair_products::pair_products;
+pub use row_dots::row_dots;

@@ -235,14 +235,14 @@ fn head_backward(
     );
     space.factors.resize(n, 0.0);
     space.factors.fill(1.0);
-    for row in 0..n {
+    for (row, &log) in logs[..n].iter().enumerate() {
         let at = row * sizes.columns;
         let seen = plan.seen(row, n);
         let (weights, hidden) = space.weights[at..at + sizes.columns].split_at_mut(seen);
         let (d_weights, d_hidden) = space.d_weights[at..at + sizes.columns].split_at_mut(seen);
         hidden.fill(0.0);
         d_hidden.fill(0.0);
-        exponentials(weights, logs[row]);
+        exponentials(weights, log);
         if let Some(choice) = plan.dropout {
             choice.factors(plan.place(sequence, head, row), &mut space.factors[..seen]);
         }

@@ -133,9 +133,6 @@ fn adam_generic<B: Backend>((value, m, v): State<B>, grad: Tensor<B, 1>, s: Step
 /// Models are generic over both; steps are taken on the inner back end only.
 impl<B: AdamBackend, C: CheckpointStrategy> AdamBackend for Autodiff<B, C> {}
 
-#[cfg(feature = "cuda")]
-impl AdamBackend for burn::backend::Cuda {}
-
 /// Elements below which a second thread costs more than it saves.
 const SEQUENTIAL: usize = 1 << 15;
 

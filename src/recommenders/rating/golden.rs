@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 
 use super::layers::Pass;
-use super::layout::Layout;
+use super::layout::{Layout, RecentOf, Source};
 use super::learner::{Network, RatingModel};
 use crate::error::Result;
 use crate::interactions::fields::{Column, Entities, Field, FieldSet, Rows, Side};
@@ -49,11 +49,14 @@ pub fn check<M: RatingModel>(name: &str, parse: fn(Value) -> Result<M>) {
     let path = format!("{}/tests/golden/recommenders/{name}.json", env!("CARGO_MANIFEST_DIR"));
     let cases: Vec<Value> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let (set, users, items, rows, ratings) = tiny();
-    let layout = Layout::new(&set);
-    let batch = layout.batch((&users, &items, &rows), &[0, 1, 2, 3, 4], &mut layout.scratch());
+    let layout = Layout::new(&set, false);
+    let source = Source { users: &users, items: &items, rows: &rows, recent: RecentOf::None };
+    let batch = layout.batch(source, &[0, 1, 2, 3, 4], &mut layout.scratch());
     for (n, case) in cases.iter().enumerate() {
         let what = format!("{name}, case {n}");
-        let model = parse(case["hyper"].clone()).unwrap();
+        let mut hyper = case["hyper"].clone();
+        hyper["recent_decay"] = 0.0.into();
+        let model = parse(hyper).unwrap();
         let rng = &mut ChaCha8Rng::seed_from_u64(0);
         let mut network = Network::<M, Flex>::new(&model, &layout, 0.0, rng, &Default::default());
         let golden = case["tensors"].as_object().unwrap();

@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::recommenders::ops::{self, FusedBackend};
 use crate::recommenders::optim::{ParamId, Params, Vars, xavier_normal};
 
 /// One pass through a model: training or use.
@@ -35,22 +36,13 @@ impl<B: Backend> Pass<B> {
     }
 
     /// Sets a `share` of the values to 0 and scales the others up by `1 / (1 - share)`; training only.
-    pub fn dropout<const D: usize>(&mut self, x: Tensor<B, D>, share: f64) -> Tensor<B, D> {
-        let Some(seed) = self.seed.filter(|_| share > 0.0) else { return x };
+    pub fn dropout<const D: usize>(&mut self, x: Tensor<B, D>, share: f64) -> Tensor<B, D>
+    where
+        B: FusedBackend,
+    {
+        let Some(seed) = self.seed else { return x };
         self.dropouts += 1;
-        let seed = mixed(seed ^ self.dropouts);
-        let (limit, scale) = ((share * (1u64 << 32) as f64) as u64, (1.0 / (1.0 - share)) as f32);
-        let n = x.shape().num_elements();
-        // Two factors from each 64 random bits.
-        let mut factors = Vec::with_capacity(n + 1);
-        for place in 0..n.div_ceil(2) as u64 {
-            let bits = mixed(seed.wrapping_add(place.wrapping_mul(0x9E37_79B9_7F4A_7C15)));
-            factors.push(if bits & 0xFFFF_FFFF < limit { 0.0 } else { scale });
-            factors.push(if bits >> 32 < limit { 0.0 } else { scale });
-        }
-        factors.truncate(n);
-        let factors = Tensor::from_data(TensorData::new(factors, x.shape()), &x.device());
-        x * factors
+        ops::dropout(x, share as f32, mixed(seed ^ self.dropouts))
     }
 }
 
@@ -91,17 +83,22 @@ impl Activation {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Dnn {
     /// Units of each hidden layer of the perceptron, first to last; each 1 to 65,536, empty = no perceptron.
-    /// DeepCTR-Torch: `deepfm` and `autoint` [256, 128], `nfm` and `dcn` [128, 128], `xdeepfm` [256, 256].
+    /// Default: `deepfm` and `autoint` [128, 64], `nfm` [64], `dcn` [128, 128], `xdeepfm` [256, 128] (DeepCTR-Torch:
+    /// `deepfm` and `autoint` [256, 128], `nfm` and `dcn` [128, 128], `xdeepfm` [256, 256]).
     pub dnn_hidden_units: Vec<u32>,
-    /// Weight of the sum of squares of the perceptron's matrices in the loss (the mean over a batch). DeepCTR-Torch: 0.
+    /// Weight of the sum of squares of the perceptron's matrices in the loss (the mean over a batch). Default 0, as in
+    /// DeepCTR-Torch.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub l2_reg_dnn: f64,
-    /// Share of the hidden units that a training step drops, 0 to below 1. DeepCTR-Torch: 0.
+    /// Share of the hidden units that a training step drops, 0 to .99. Default: `deepfm` 0.4, `xdeepfm` 0.3, `autoint` 0.2,
+    /// others 0 (DeepCTR-Torch: 0).
     #[schemars(range(min = 0.0, max = 0.99))]
     pub dnn_dropout: f64,
-    /// After each hidden layer: "relu", "sigmoid", "prelu" or "linear". DeepCTR-Torch: "relu" (its "dice" is not here).
+    /// After each hidden layer: "relu", "sigmoid", "prelu" or "linear". Default "relu", as in DeepCTR-Torch (whose "dice"
+    /// is not here).
     pub dnn_activation: Activation,
-    /// Whether each hidden layer is normalised over the batch before its activation. DeepCTR-Torch: false.
+    /// Whether each hidden layer is normalised over the batch before its activation. Default false, as in
+    /// DeepCTR-Torch.
     pub dnn_use_bn: bool,
 }
 
@@ -235,11 +232,9 @@ impl Mlp {
     }
 
     /// `x [batch, width]` -> `[batch, units of the last layer]`.
-    pub fn apply<B: Backend>(&self, vars: &Vars<B>, mut x: Tensor<B, 2>, pass: &mut Pass<B>) -> Tensor<B, 2> {
+    pub fn apply<B: FusedBackend>(&self, vars: &Vars<B>, mut x: Tensor<B, 2>, pass: &mut Pass<B>) -> Tensor<B, 2> {
         for layer in &self.layers {
-            let bias = vars.get::<1>(layer.bias);
-            let units = bias.dims()[0];
-            x = x.matmul(vars.get::<2>(layer.weight)) + bias.reshape([1, units]);
+            x = ops::linear(x, vars.get(layer.weight), Some(vars.get(layer.bias)));
             if let Some(bn) = &layer.bn {
                 x = bn.apply(vars, x, pass);
             }

@@ -27,6 +27,31 @@ pub struct Layout {
     multi: Vec<Place>,
     dense: Vec<(Side, usize)>,
     rows: usize,
+    recent: bool,
+}
+
+/// Where a batch comes from. The rows must have passed [`FieldSet::check`].
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    /// Users of the rows.
+    pub users: &'a Entities,
+    /// Items of the rows.
+    pub items: &'a Entities,
+    /// The rows.
+    pub rows: &'a Rows,
+    /// How the users have rated of late, if the layout has that field.
+    pub recent: RecentOf<'a>,
+}
+
+/// Values of [`Recent`](super::recent::Recent).
+#[derive(Clone, Copy, Debug)]
+pub enum RecentOf<'a> {
+    /// The layout has no such field.
+    None,
+    /// One per row.
+    Rows(&'a [f32]),
+    /// One per user id, `[users + 1]`.
+    Users(&'a [f32]),
 }
 
 /// Rows of the table for some ratings.
@@ -56,14 +81,15 @@ pub struct Scratch(Vec<u32>);
 const NONE: u32 = u32::MAX;
 
 impl Layout {
-    /// The layout of `fields`.
-    pub fn new(fields: &FieldSet) -> Self {
+    /// The layout of `fields`, perhaps with one more dense field: how the user has rated of late.
+    pub fn new(fields: &FieldSet, recent: bool) -> Self {
         let mut layout = Layout {
             n_users: fields.n_users,
             single: Vec::new(),
             multi: Vec::new(),
             dense: Vec::new(),
             rows: fields.n_users + fields.n_items + 2,
+            recent,
         };
         let mut columns = [0usize; 3];
         for field in &fields.fields {
@@ -107,7 +133,7 @@ impl Layout {
 
     /// Dense fields.
     pub fn denses(&self) -> usize {
-        self.dense.len()
+        self.dense.len() + usize::from(self.recent)
     }
 
     /// Memory for [`Layout::batch`].
@@ -115,9 +141,9 @@ impl Layout {
         Scratch(vec![NONE; self.rows])
     }
 
-    /// The batch of the rows at `places`. The rows must have passed [`FieldSet::check`].
-    pub fn batch(&self, data: (&Entities, &Entities, &Rows), places: &[u32], scratch: &mut Scratch) -> Batch {
-        let (users, items, rows) = data;
+    /// The batch of the rows at `places`.
+    pub fn batch(&self, source: Source<'_>, places: &[u32], scratch: &mut Scratch) -> Batch {
+        let Source { users, items, rows, recent } = source;
         let n = places.len();
         let values = n * (self.singles() + 4 * self.multis());
         let mut batch = Batch { n, places: Vec::with_capacity(values), ..Batch::default() };
@@ -160,6 +186,11 @@ impl Layout {
                 if let Values::Dense(v) = &values[column] {
                     batch.dense.push(v[at]);
                 }
+            }
+            match recent {
+                RecentOf::None => {}
+                RecentOf::Rows(values) => batch.dense.push(values[place]),
+                RecentOf::Users(values) => batch.dense.push(values[ids[0] as usize]),
             }
         }
         // `places` are rows of the table so far.
@@ -206,13 +237,14 @@ mod tests {
         let rows = Rows { user: vec![0, 1, 0], item: vec![0, 1, 2], values };
         let set = FieldSet { n_users: 2, n_items: 3, fields: vec![genre, age, hour, day] };
         set.check(&users, &items, &rows).unwrap();
-        let layout = Layout::new(&set);
+        let layout = Layout::new(&set, false);
         assert_eq!((layout.singles(), layout.multis(), layout.denses(), layout.first_item()), (4, 1, 1, 3));
         // Users 0..3, items 3..7, genres 7..10, ages 10..12, days 12..15.
         assert_eq!(layout.rows(), 15);
+        let source = Source { users: &users, items: &items, rows: &rows, recent: RecentOf::None };
         let mut scratch = layout.scratch();
         for _ in 0..2 {
-            let batch = layout.batch((&users, &items, &rows), &[2, 0, 1], &mut scratch);
+            let batch = layout.batch(source, &[2, 0, 1], &mut scratch);
             let rows: Vec<u32> = batch.places.iter().map(|&p| batch.rows[p as usize]).collect();
             assert_eq!(rows, [1, 6, 11, 12, 9, 1, 4, 11, 13, 8, 9, 2, 3, 10, 14, 7]);
             assert_eq!(batch.offsets, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16]);

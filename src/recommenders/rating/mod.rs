@@ -11,6 +11,7 @@ pub mod layers;
 pub mod layout;
 pub mod learner;
 pub mod predictor;
+pub mod recent;
 
 use super::{Embeddings, Epoch, FitContext, NamedTensor};
 use crate::error::{Error, Result};
@@ -25,7 +26,7 @@ pub struct Ratings<'a> {
     pub users: &'a Entities,
     /// Items of the rows.
     pub items: &'a Entities,
-    /// Rows to learn from.
+    /// Rows to learn from, in time order within each user where a model is to know what was earlier.
     pub train: &'a Rows,
     /// Their ratings, `[train.len()]`, finite.
     pub train_ratings: &'a [f32],
@@ -85,7 +86,7 @@ pub trait Predictor: Send + Sync {
     fn fields(&self) -> &FieldSet;
 
     /// Ratings `[rows.len()]`, inside the range of the ratings that the model was fitted on. A user, an item or a value
-    /// without a train row contributes nothing, so that a row of which nothing is known gets the bias, near the mean.
+    /// without a train row has an embedding of zeros and a linear weight of 0: what else is known of the row decides.
     ///
     /// # Errors
     /// The rows do not fit the fields (exit 65).

@@ -4,12 +4,10 @@
 //! CPU; the same numbers for any number of threads.
 
 use burn::backend::Flex;
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 
 use super::Predictor;
 use super::layers::Pass;
-use super::layout::Layout;
+use super::layout::{Layout, RecentOf, Source};
 use super::learner::{Network, RatingModel};
 use crate::error::Result;
 use crate::interactions::fields::{Entities, FieldSet, Rows};
@@ -19,15 +17,19 @@ use crate::recommenders::saved::{NamedTensor, Tensors};
 /// Rows that are predicted at a time.
 const BLOCK: usize = 4096;
 
-/// A model with its weights on the host.
+/// A model with its weights, ready to predict.
 pub struct Fitted<M: RatingModel> {
-    model: M,
     fields: FieldSet,
     layout: Layout,
-    /// Those of the network, and `rating_range` (lowest and highest rating in train).
-    tensors: Vec<NamedTensor>,
+    network: Network<M, Flex>,
+    /// Lowest and highest rating in train; in files `rating_range`.
     range: [f32; 2],
-    embeddings: usize,
+    /// How each user has rated of late, `[users + 1]`, if the model has that field; in files `recent`.
+    recent: Option<Vec<f32>>,
+    /// Length of an embedding.
+    dim: usize,
+    /// Embeddings of the ids, `[(users + 1 + items + 1) * dim]`: the network's own copy cannot be lent.
+    ids: Vec<f32>,
 }
 
 impl<M: RatingModel> Fitted<M> {
@@ -35,36 +37,21 @@ impl<M: RatingModel> Fitted<M> {
     ///
     /// # Errors
     /// A tensor is missing or has another shape (exit 65).
-    pub fn new(model: &M, fields: &FieldSet, tensors: Vec<NamedTensor>) -> Result<Self> {
-        Self::load(model, fields, &Tensors::new(tensors))
-    }
-
-    /// From named tensors; those that the model does not have are left out.
-    ///
-    /// # Errors
-    /// A tensor is missing or has another shape (exit 65).
     pub fn load(model: &M, fields: &FieldSet, tensors: &Tensors) -> Result<Self> {
-        let layout = Layout::new(fields);
-        let mut network = blank(model, &layout);
+        let recent = model.common().recent_decay > 0.0;
+        let layout = Layout::new(fields, recent);
+        let mut network = Network::blank(model, &layout, &Default::default());
         network.params.set(tensors)?;
         let range = tensors.shaped("rating_range", &[2])?;
-        let range = [range[0], range[1]];
-        let mut own = network.params.tensors();
-        let embeddings = own.iter().position(|t| t.name == "embeddings").expect("every network has embeddings");
-        own.push(NamedTensor::new("rating_range", vec![2], range.to_vec()));
-        Ok(Fitted { model: model.clone(), fields: fields.clone(), layout, tensors: own, range, embeddings })
+        let dim = model.common().embedding_dim as usize;
+        let ids = tensors.get("embeddings")?.values[..(fields.n_users + fields.n_items + 2) * dim].to_vec();
+        let recent = recent.then(|| tensors.shaped("recent", &[fields.n_users + 1])).transpose()?.map(<[f32]>::to_vec);
+        Ok(Fitted { fields: fields.clone(), layout, network, range: [range[0], range[1]], recent, dim, ids })
     }
 
     fn ids(&self, first: usize, n: usize) -> Embeddings<'_> {
-        let table = &self.tensors[self.embeddings];
-        let dim = table.shape[1];
-        Embeddings { dim, values: &table.values[first * dim..(first + n) * dim] }
+        Embeddings { dim: self.dim, values: &self.ids[first * self.dim..(first + n) * self.dim] }
     }
-}
-
-/// A network whose weights are to be replaced.
-fn blank<M: RatingModel>(model: &M, layout: &Layout) -> Network<M, Flex> {
-    Network::new(model, layout, 0.0, &mut ChaCha8Rng::seed_from_u64(0), &Default::default())
 }
 
 impl<M: RatingModel> Predictor for Fitted<M> {
@@ -74,16 +61,16 @@ impl<M: RatingModel> Predictor for Fitted<M> {
 
     fn predict(&self, users: &Entities, items: &Entities, rows: &Rows) -> Result<Vec<f32>> {
         self.fields.check(users, items, rows)?;
-        let mut network = blank(&self.model, &self.layout);
-        network.params.set(&Tensors::new(self.tensors.clone()))?;
-        let vars = network.params.constants();
+        let vars = self.network.params.constants();
         let [low, high] = self.range;
         let mut all = Vec::with_capacity(rows.len());
         let places: Vec<u32> = (0..rows.len() as u32).collect();
         let mut scratch = self.layout.scratch();
         for block in places.chunks(BLOCK) {
-            let batch = self.layout.batch((users, items, rows), block, &mut scratch);
-            let (predicted, _) = network.forward(&vars, &batch, &mut Pass::prediction());
+            let recent = self.recent.as_deref().map_or(RecentOf::None, RecentOf::Users);
+            let source = Source { users, items, rows, recent };
+            let batch = self.layout.batch(source, block, &mut scratch);
+            let (predicted, _) = self.network.forward(&vars, &batch, &mut Pass::prediction());
             all.extend(predicted.into_data().iter::<f32>().map(|x| x.clamp(low, high)));
         }
         Ok(all)
@@ -98,6 +85,11 @@ impl<M: RatingModel> Predictor for Fitted<M> {
     }
 
     fn tensors(&self) -> Vec<NamedTensor> {
-        self.tensors.clone()
+        let mut tensors = self.network.params.tensors();
+        tensors.push(NamedTensor::new("rating_range", vec![2], self.range.to_vec()));
+        if let Some(recent) = &self.recent {
+            tensors.push(NamedTensor::new("recent", vec![recent.len()], recent.clone()));
+        }
+        tensors
     }
 }

@@ -88,6 +88,13 @@ impl<B: SparseBackend> SparseMatrix<B> {
     }
 }
 
+impl<B: SparseBackend, C: CheckpointStrategy> SparseMatrix<Autodiff<B, C>> {
+    /// The same matrix for tensors without gradients.
+    pub fn inner(&self) -> SparseMatrix<B> {
+        SparseMatrix { pair: self.pair.clone(), rows: self.rows, cols: self.cols }
+    }
+}
+
 impl SparseBackend for Flex {
     type Sparse = Arc<Csr>;
 

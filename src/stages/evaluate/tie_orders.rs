@@ -2,7 +2,9 @@
 //!
 //! In: the interactions, the fitted model. Out: [`EVALUATION_TIES`]. For each draw the interactions of equal time are
 //! put in a random order, split anew by leave-one-out, the same model fitted again (same hyper-parameters and seed,
-//! as many epochs as its card says, without validation) and ranked. Every draw that has ended is kept.
+//! as many epochs as its card says, without validation) and ranked. So is the file order once more, since a fit of so
+//! many epochs is not the one that was stopped there: a step size that falls with the epochs falls faster. Every draw
+//! that has ended is kept.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -105,21 +107,25 @@ impl Work {
         }
         let file_order = own.test.figures(&as_it_is, &self.ks)?;
         let opened = self.device.open()?;
-        self.observer.begin("tie orders", u64::from(self.draws));
+        self.observer.begin("tie orders", u64::from(self.draws) + 1);
         let mut kept = 0;
-        let mut all: Vec<Vec<Figure>> = Vec::new();
-        for draw in 0..self.draws {
+        let mut fit = |drawn: &Drawn, before: String| {
             self.cancel.check()?;
-            let before = format!("order {} of {}: ", draw + 1, self.draws);
             let metric = valid_metric(backbone.task);
             let watch = FitProgress::of_many(self.observer.clone(), self.cancel.clone(), metric, before);
             let fitter = Fitter { backbone, device: &opened.device, watch: &watch, savings: None };
-            let drawn = self.drawn(&shuffled(interactions, self.seed, draw)?, (&users, &items))?;
-            let figures = self.figures(&fitter, &card, &drawn, &mut kept)?;
-            all.push(figures);
+            let figures = self.figures(&fitter, &card, drawn, &mut kept)?;
             self.observer.advance(1);
+            Ok::<_, Error>(figures)
+        };
+        let refit = fit(&own, "file order: ".to_owned())?;
+        let mut draws: Vec<Vec<Figure>> = Vec::new();
+        for draw in 0..self.draws {
+            let drawn = self.drawn(&shuffled(interactions, self.seed, draw)?, (&users, &items))?;
+            draws.push(fit(&drawn, format!("order {} of {}: ", draw + 1, self.draws))?);
         }
-        Ok((table(&file_order, &all, history_at_test, &card.weights_fit_on)?, kept))
+        let said = (history_at_test, card.weights_fit_on.as_str());
+        Ok((table(&file_order, &refit, &draws, said)?, kept))
     }
 
     fn figures(&self, fitter: &Fitter<'_>, card: &ModelCard, drawn: &Drawn, kept: &mut usize) -> Result<Vec<Figure>> {
@@ -208,7 +214,12 @@ fn shuffled(table: &Table, seed: u64, draw: u32) -> Result<Table> {
     Ok(Table::from_batch(RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)?))
 }
 
-fn table(file_order: &[Figure], draws: &[Vec<Figure>], history_at_test: &str, fit_on: &str) -> Result<Table> {
+fn table(
+    file_order: &[Figure],
+    refit: &[Figure],
+    draws: &[Vec<Figure>],
+    (history_at_test, fit_on): (&str, &str),
+) -> Result<Table> {
     let of = |n: usize| -> Vec<f64> { draws.iter().map(|figures| figures[n].value).collect() };
     let mean = |v: &[f64]| v.iter().sum::<f64>() / v.len() as f64;
     let sd = |v: &[f64]| {
@@ -223,6 +234,7 @@ fn table(file_order: &[Figure], draws: &[Vec<Figure>], history_at_test: &str, fi
         Arc::new(StringArray::from_iter_values(file_order.iter().map(|f| &f.metric))),
         Arc::new(file_order.iter().map(|f| f.k.map(|k| k as i32)).collect::<Int32Array>()),
         Arc::new(Float64Array::from_iter_values(file_order.iter().map(|f| f.value))),
+        Arc::new(Float64Array::from_iter_values(refit.iter().map(|f| f.value))),
         each(&|v| Some(mean(v))),
         each(&sd),
         each(&|v| v.iter().copied().reduce(f64::min)),

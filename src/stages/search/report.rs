@@ -13,7 +13,8 @@ use crate::tables::Table;
 use crate::tables::schemas::{SEARCH_CONFIRMED, SEARCH_TRIALS};
 
 fn text<S: AsRef<str>>(values: impl Iterator<Item = S>) -> ArrayRef {
-    Arc::new(StringArray::from_iter_values(values))
+    // Arrow wants to know how many there are.
+    Arc::new(StringArray::from_iter_values(values.collect::<Vec<S>>()))
 }
 
 /// One row per setting and seed.

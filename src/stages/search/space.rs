@@ -194,7 +194,7 @@ mod tests {
             (json!({"layers": {"normal": [1, 2]}}), json!({}), "`normal`"),
             (json!({"layers": 3}), json!({}), "no list"),
             (json!({"l2": {"log": [0.0, 1.0]}}), json!({}), "above 0"),
-            (json!({"l2": {"uniform": [0.0, 7.0]}}), json!({}), "`l2`"),
+            (json!({"l2": {"uniform": [0.0, 99.0]}}), json!({}), "`l2`"),
             (json!({"layers": [1]}), json!({"layers": 2}), "both"),
         ] {
             let error = space(given.clone(), fixed).err().unwrap_or_else(|| panic!("{given} was taken"));

@@ -107,7 +107,7 @@ pub(in crate::stages) struct TrainData {
 /// Interactions or ratings.
 pub(in crate::stages) enum Log {
     Ranking(RankingLog),
-    Rating(RatingLog),
+    Rating(Box<RatingLog>),
 }
 
 /// Interactions.
@@ -193,7 +193,7 @@ impl TrainData {
         };
         let both = train.concat(&valid)?;
         let log = RatingLog { fields, users: of_users, items: of_items, train, valid, both };
-        Ok(TrainData { users, items, log: Log::Rating(log) })
+        Ok(TrainData { users, items, log: Log::Rating(Box::new(log)) })
     }
 
     /// Whether there is anything that was held out and can be measured.

@@ -34,7 +34,8 @@ impl Observer for Heard {
 fn work(model: &str, epochs: u32) -> (Work, Arc<Heard>) {
     let heard = Arc::new(Heard::default());
     let backbone = registry::find(model).unwrap();
-    let hyper = backbone.hyper(&json!({"epochs": epochs, "embedding_dim": 4, "batch_size": 8})).unwrap();
+    let hyper =
+        backbone.hyper(&json!({"epochs": epochs, "embedding_dim": 4, "batch_size": 8, "eval_every": 2})).unwrap();
     let embeds = fit::embeds_of(backbone, &hyper).unwrap();
     let work = Work {
         backbone,
@@ -164,7 +165,8 @@ fn the_ids_of_a_split_are_found_beside_its_train_part() {
 fn the_identity_holds_every_hyper_parameter() {
     let identity = resolved(json!({"model": "lightgcn", "train": "x", "hyper": {"layers": 2}})).unwrap().identity();
     assert_eq!(identity["hyper"]["layers"], 2);
-    assert_eq!(identity["hyper"]["embedding_dim"], 64);
+    let defaults = registry::find("lightgcn").unwrap().hyper(&json!({})).unwrap();
+    assert_eq!(identity["hyper"]["embedding_dim"], defaults["embedding_dim"]);
     let error = resolved(json!({"model": "mf", "train": "x", "hyper": {"layers": 2}})).err().unwrap();
     assert_eq!((error.fault, error.message.contains("`layers`")), (Fault::Spec, true));
     assert_eq!(resolved(json!({"model": "gcn", "train": "x"})).err().unwrap().fault, Fault::Spec);
