@@ -79,8 +79,8 @@ pub struct EncoderHyper {
     #[schemars(range(min = 1, max = 4096))]
     pub embedding_dim: u32,
     /// Items of a history that a score reads, the latest ones; also the longest training window: longer histories are
-    /// cut, anew in each epoch, and every interaction stays a target. Default by validation on ML-100K: 100, in
-    /// `bert4rec` 50 (SELFRec's `max.len`: 50; the SASRec paper's for MovieLens: 200).
+    /// cut, anew in each epoch, and every interaction stays a target. Default 200 in `sasrec` (its paper's for MovieLens),
+    /// 100 in `cl4srec`, 50 in `bert4rec` (SELFRec's `max.len`), by validation on ML-100K.
     #[schemars(range(min = 1, max = 4096))]
     pub max_len: u32,
     /// Number of transformer blocks. Default 2 (SELFRec's `n_blocks`).
@@ -103,8 +103,8 @@ pub struct EncoderHyper {
     /// `cl4srec`, whose `recency` tells positions apart).
     pub positions: Positions,
     /// How fast attention falls with the distance in the history: a head's score loses `recency * 2^(-8 h / heads)` for
-    /// each item between (h = 1, 2, ...; ALiBi, arXiv 2108.12409, has 1). Default 4, by validation on ML-100K; 0 (all
-    /// three papers) = not at all.
+    /// each item between (h = 1, 2, ...; ALiBi, arXiv 2108.12409, has 1). Default 8 in `sasrec`, 4 in the others,
+    /// by validation on ML-100K; 0 (all three papers) = not at all.
     #[schemars(range(min = 0.0, max = 1000.0))]
     pub recency: f64,
     /// Dropout of the embedded sequence. Default 0.3, in `bert4rec` 0.2 (SELFRec's `drop_rate`, there for all three
@@ -160,7 +160,8 @@ pub struct OptimizerHyper {
     pub warmup_epochs: f64,
     /// How the step size falls afterwards: `none` (SELFRec) or `cosine` (default), whose length is `epochs`.
     pub decay: Decay,
-    /// Epochs and steps; a batch is a number of sequences of at most `max_len` positions.
+    /// Epochs and steps. A batch is a number of sequences of at most `max_len` positions: where histories are short,
+    /// `batch_size` should be larger than the defaults, which suit some 100 interactions per user.
     #[serde(flatten)]
     pub schedule: Schedule,
 }
