@@ -70,6 +70,7 @@ impl Default for Bert4RecHyper {
                 l2: 0.0,
                 weight_decay: 0.0,
                 clip_norm: 5.0,
+                average: 0.99,
                 warmup_epochs: 1.0,
                 decay: Decay::Cosine,
                 schedule: Schedule { learning_rate: 1e-3, batch_size: 16, epochs: 40, eval_every: 1, patience: 15 },

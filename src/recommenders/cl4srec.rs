@@ -86,6 +86,7 @@ impl Default for Cl4SRecHyper {
                 l2: 0.0,
                 weight_decay: 0.0,
                 clip_norm: 0.0,
+                average: 0.99,
                 warmup_epochs: 1.0,
                 decay: Decay::Cosine,
                 schedule: Schedule { learning_rate: 1e-3, batch_size: 8, epochs: 20, eval_every: 1, patience: 10 },

@@ -35,14 +35,14 @@ impl Default for SasRecHyper {
         SasRecHyper {
             encoder: EncoderHyper {
                 embedding_dim: 64,
-                max_len: 100,
+                max_len: 200,
                 blocks: 2,
                 heads: 2,
                 feed_forward_dim: 128,
                 activation: Activation::Relu,
                 norm: NormPlace::Post,
                 positions: Positions::None,
-                recency: 4.0,
+                recency: 8.0,
                 embedding_dropout: 0.3,
                 attention_dropout: 0.2,
                 hidden_dropout: 0.3,
@@ -56,9 +56,10 @@ impl Default for SasRecHyper {
                 l2: 0.0,
                 weight_decay: 0.0,
                 clip_norm: 0.0,
+                average: 0.99,
                 warmup_epochs: 1.0,
                 decay: Decay::Cosine,
-                schedule: Schedule { learning_rate: 1e-3, batch_size: 8, epochs: 20, eval_every: 1, patience: 10 },
+                schedule: Schedule { learning_rate: 1e-3, batch_size: 4, epochs: 20, eval_every: 1, patience: 10 },
             },
         }
     }

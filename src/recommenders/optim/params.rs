@@ -107,6 +107,19 @@ impl<B: Backend> Params<B> {
         param.value = value;
     }
 
+    /// Moves the weights of `average`, which has the same ones, towards these: `keep * average + (1 - keep) * value`.
+    ///
+    /// # Panics
+    /// When it has others (our bug).
+    pub fn average_into(&self, average: &mut Params<B>, keep: f64) {
+        assert_eq!(self.list.len(), average.list.len(), "an average of other weights");
+        for (from, to) in self.list.iter().zip(&mut average.list) {
+            assert_eq!(from.name, to.name, "an average of other weights");
+            let old = std::mem::replace(&mut to.value, Tensor::zeros([0], &self.device));
+            to.value = old * keep as f32 + from.value.clone() * (1.0 - keep) as f32;
+        }
+    }
+
     /// Values, moments and the number of steps, for a checkpoint.
     pub fn state(&self) -> Vec<NamedTensor> {
         let mut all = self.tensors();
@@ -352,6 +365,18 @@ mod tests {
         step(&mut resumed, t, w, 2);
         assert_eq!(resumed.state(), straight.state());
         assert!(resumed.restore(&Tensors::new(Vec::new())).is_err());
+    }
+
+    #[test]
+    fn an_average_moves_towards_the_weights() {
+        let make = |value: f32| {
+            let mut params = Params::<Flex>::new(&Default::default());
+            params.add("w", &[2], vec![value, 1.0]);
+            params
+        };
+        let mut average = make(3.0);
+        make(5.0).average_into(&mut average, 0.75);
+        assert_eq!(average.tensors()[0].values, [3.5, 1.0]);
     }
 
     #[test]

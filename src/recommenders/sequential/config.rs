@@ -79,8 +79,8 @@ pub struct EncoderHyper {
     #[schemars(range(min = 1, max = 4096))]
     pub embedding_dim: u32,
     /// Items of a history that a score reads, the latest ones; also the longest training window: longer histories are
-    /// cut, anew in each epoch, and every interaction stays a target. Default by validation on ML-100K: 100, in
-    /// `bert4rec` 50 (SELFRec's `max.len`: 50; the SASRec paper's for MovieLens: 200).
+    /// cut, anew in each epoch, and every interaction stays a target. Default 200 in `sasrec` (its paper's for MovieLens),
+    /// 100 in `cl4srec`, 50 in `bert4rec` (SELFRec's `max.len`), by validation on ML-100K.
     #[schemars(range(min = 1, max = 4096))]
     pub max_len: u32,
     /// Number of transformer blocks. Default 2 (SELFRec's `n_blocks`).
@@ -103,8 +103,8 @@ pub struct EncoderHyper {
     /// `cl4srec`, whose `recency` tells positions apart).
     pub positions: Positions,
     /// How fast attention falls with the distance in the history: a head's score loses `recency * 2^(-8 h / heads)` for
-    /// each item between (h = 1, 2, ...; ALiBi, arXiv 2108.12409, has 1). Default 4, by validation on ML-100K; 0 (all
-    /// three papers) = not at all.
+    /// each item between (h = 1, 2, ...; ALiBi, arXiv 2108.12409, has 1). Default 8 in `sasrec`, 4 in the others,
+    /// by validation on ML-100K; 0 (all three papers) = not at all.
     #[schemars(range(min = 0.0, max = 1000.0))]
     pub recency: f64,
     /// Dropout of the embedded sequence. Default 0.3, in `bert4rec` 0.2 (SELFRec's `drop_rate`, there for all three
@@ -151,12 +151,17 @@ pub struct OptimizerHyper {
     /// The norm that a step's gradient is scaled down to; 0 = as it is. Default 0, in `bert4rec` 5 (its paper).
     #[schemars(range(min = 0.0, max = 1000000.0))]
     pub clip_norm: f64,
+    /// How much the average of the weights keeps at each step; the average is what is validated and used. 0 = none: the
+    /// weights themselves (SELFRec). Default 0.99.
+    #[schemars(range(min = 0.0, max = 0.999999))]
+    pub average: f64,
     /// Epochs in which the step size grows linearly to `learning_rate`; fractions allowed. Default 1 (SELFRec: none).
     #[schemars(range(min = 0.0, max = 1000.0))]
     pub warmup_epochs: f64,
     /// How the step size falls afterwards: `none` (SELFRec) or `cosine` (default), whose length is `epochs`.
     pub decay: Decay,
-    /// Epochs and steps; a batch is a number of sequences of at most `max_len` positions.
+    /// Epochs and steps. A batch is a number of sequences of at most `max_len` positions: where histories are short,
+    /// `batch_size` should be larger than the defaults, which suit some 100 interactions per user.
     #[serde(flatten)]
     pub schedule: Schedule,
 }
@@ -235,6 +240,7 @@ mod tests {
             l2: 0.0,
             weight_decay: 0.0,
             clip_norm: 0.0,
+            average: 0.0,
             warmup_epochs,
             decay,
             schedule: Schedule { learning_rate: 0.01, batch_size: 2, epochs: 10, eval_every: 1, patience: 3 },

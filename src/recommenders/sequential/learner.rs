@@ -96,7 +96,12 @@ impl OnBackend for Task<'_> {
         let mut params = Params::<B>::new(device);
         let mut rng = ChaCha8Rng::seed_from_u64(ctx.seed);
         let encoder = Encoder::new(&model.encoder, model.shape(data.n_items), &mut params, Some(&mut rng));
-        let mut learner = SequenceLearner { source: Source::new(model, data, ctx.seed), encoder, params };
+        let mut average = Params::<B>::new(device);
+        if model.optimizer.average > 0.0 {
+            Encoder::new(&model.encoder, model.shape(data.n_items), &mut average, None);
+            average.set(&Tensors::new(params.tensors()))?;
+        }
+        let mut learner = SequenceLearner { source: Source::new(model, data, ctx.seed), encoder, params, average };
         // With nothing to learn from the initial weights are the model.
         let schedule = match learner.source.steps(1).next() {
             Some(_) => model.optimizer.schedule.clone(),
@@ -112,7 +117,18 @@ struct SequenceLearner<'a, B: ModelBackend> {
     source: Source<'a>,
     encoder: Encoder,
     params: Params<B>,
+    /// With `average` above 0 the running average of `params`, else empty.
+    average: Params<B>,
 }
+
+impl<B: ModelBackend> SequenceLearner<'_, B> {
+    fn averages(&self) -> bool {
+        self.source.model.optimizer.average > 0.0
+    }
+}
+
+/// Prefix of the average's tensors in a checkpoint.
+const AVERAGE: &str = "average.";
 
 impl<B: ModelBackend> Learner for SequenceLearner<'_, B> {
     type Fitted = SequentialScorer;
@@ -129,6 +145,9 @@ impl<B: ModelBackend> Learner for SequenceLearner<'_, B> {
             let vars = self.params.tracked();
             let loss = step_loss(&self.encoder, &vars, &step, Some(&mut Dropout::new(seed)));
             total = total + self.params.step(loss, vars, &adam) * n as f32;
+            if optimizer.average > 0.0 {
+                self.params.average_into(&mut self.average, optimizer.average);
+            }
             targets += n;
         }
         Ok(f64::from(total.into_scalar().elem::<f32>()) / targets.max(1) as f64)
@@ -136,7 +155,7 @@ impl<B: ModelBackend> Learner for SequenceLearner<'_, B> {
 
     fn fitted(&self) -> Result<SequentialScorer> {
         let data = self.source.data;
-        let mut tensors = self.params.tensors();
+        let mut tensors = if self.averages() { self.average.tensors() } else { self.params.tensors() };
         tensors.push(SequentialScorer::popularity(data.train, data.n_items));
         self.load(&Tensors::new(tensors))
     }
@@ -154,11 +173,19 @@ impl<B: ModelBackend> Learner for SequenceLearner<'_, B> {
     }
 
     fn state(&self) -> Vec<NamedTensor> {
-        self.params.state()
+        let mut state = self.params.state();
+        let average = self.average.tensors().into_iter();
+        state.extend(average.map(|t| NamedTensor { name: format!("{AVERAGE}{}", t.name), ..t }));
+        state
     }
 
     fn restore(&mut self, state: &Tensors) -> Result<()> {
-        self.params.restore(state)
+        self.params.restore(state)?;
+        let mut average = self.average.tensors();
+        for tensor in &mut average {
+            tensor.values = state.shaped(&format!("{AVERAGE}{}", tensor.name), &tensor.shape)?.to_vec();
+        }
+        self.average.set(&Tensors::new(average))
     }
 }
 
