@@ -15,6 +15,11 @@
 //! let norm = DeviceChoice::Auto.open()?.device.run(Norm(vec![3.0, 4.0]));
 //! ```
 
+#[cfg(feature = "gpu")]
+mod gpu;
+#[cfg(feature = "gpu")]
+mod gpu_kernel;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -142,16 +147,6 @@ fn open_cuda() -> Result<Device> {
     let way_out = "install the NVIDIA driver and NVRTC (part of the CUDA toolkit), or set `device = \"cpu\"`";
     driver::gpus().map_err(|what| Error::environment(what).with_help(way_out))?;
     Ok(Device::Cuda(burn::backend::cuda::CudaDevice::new(0)))
-}
-
-/// What the GPU back ends take from Burn's own operations; the sparse product is in [`crate::recommenders::sparse`].
-#[cfg(feature = "gpu")]
-mod gpu {
-    use super::{AdamBackend, FusedBackend};
-    use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
-
-    impl<R: CubeRuntime, F: FloatElement, I: IntElement, T: BoolElement> AdamBackend for CubeBackend<R, F, I, T> {}
-    impl<R: CubeRuntime, F: FloatElement, I: IntElement, T: BoolElement> FusedBackend for CubeBackend<R, F, I, T> {}
 }
 
 /// Looks for a GPU before Burn does, which would panic where there is none.

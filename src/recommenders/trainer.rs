@@ -190,7 +190,10 @@ fn checkpoint_of<L: Learner>(learner: &L, log: &[Epoch], best: &Best<L::Fitted>)
     }
 }
 
-fn resume<L: Learner>(learner: &mut L, ctx: &FitContext<'_>) -> Result<Option<(Vec<Epoch>, Best<L::Fitted>)>> {
+/// The log and the best model of a fit that was stopped.
+type Resumed<F> = (Vec<Epoch>, Best<F>);
+
+fn resume<L: Learner>(learner: &mut L, ctx: &FitContext<'_>) -> Result<Option<Resumed<L::Fitted>>> {
     let Some(files) = ctx.checkpoints.map(Checkpoints::load).transpose()?.flatten() else {
         return Ok(None);
     };

@@ -1,4 +1,5 @@
-//! The sparse product on the back ends that run on a GPU.
+//! What the back ends that run on a GPU do of our own operations: the sparse product by a kernel of ours, the
+//! others in Burn's operations. In `device`, since only this module may depend on a build's features.
 
 use std::sync::Arc;
 
@@ -9,7 +10,9 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
 
 use super::gpu_kernel::GpuCsr;
-use super::{Csr, SparseBackend, SparsePair};
+use crate::recommenders::ops::FusedBackend;
+use crate::recommenders::optim::AdamBackend;
+use crate::recommenders::sparse::{Csr, SparseBackend, SparsePair};
 
 impl<R, F, I, T> SparseBackend for CubeBackend<R, F, I, T>
 where
@@ -33,3 +36,6 @@ where
         CubeTensor::new_contiguous(client, device, Shape::new([matrix.rows(), dim]), out, DType::F32)
     }
 }
+
+impl<R: CubeRuntime, F: FloatElement, I: IntElement, T: BoolElement> AdamBackend for CubeBackend<R, F, I, T> {}
+impl<R: CubeRuntime, F: FloatElement, I: IntElement, T: BoolElement> FusedBackend for CubeBackend<R, F, I, T> {}

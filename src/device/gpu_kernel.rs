@@ -13,7 +13,7 @@ use cubecl::prelude::*;
 use cubecl::server::Handle;
 use cubecl::{CubeDim, calculate_cube_count_elemwise};
 
-use super::Csr;
+use crate::recommenders::sparse::Csr;
 
 /// Entries of a row that one thread adds up.
 const PIECE: usize = 256;
@@ -166,8 +166,8 @@ impl Level {
 
 #[cfg(test)]
 mod tests {
-    use super::super::kernel::csr_matmul;
     use super::*;
+    use crate::recommenders::sparse::csr_matmul;
 
     /// The levels one after the other on the host.
     fn on_host(levels: &[HostLevel], dense: &[f32], dim: usize) -> Vec<f32> {
