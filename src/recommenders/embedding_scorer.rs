@@ -186,7 +186,7 @@ impl Scorer for EmbeddingScorer {
     fn tensors(&self) -> Vec<NamedTensor> {
         let nodes = self.n_users + self.n_items;
         let ego = self.ego.as_ref().map(|ego| {
-            let dim = if nodes == 0 { self.dim } else { ego.len() / nodes };
+            let dim = ego.len().checked_div(nodes).unwrap_or(self.dim);
             NamedTensor::new(EGO, vec![nodes, dim], ego.to_vec())
         });
         [

@@ -143,7 +143,7 @@ pub fn run<L: Learner>(learner: &mut L, schedule: &Schedule, ctx: &FitContext<'_
                 .with_help("lower `learning_rate` in the stage's `hyper` table"));
         }
         let seconds = started.elapsed().as_secs_f64();
-        let due = number % schedule.eval_every as usize == 0 || number == epochs;
+        let due = number.is_multiple_of(schedule.eval_every as usize) || number == epochs;
         let mut measured = None;
         if due {
             let fitted = learner.fitted()?;
