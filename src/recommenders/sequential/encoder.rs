@@ -224,7 +224,7 @@ impl Encoder {
         let hyper = &self.hyper;
         let mut x = items;
         if let Some(positions) = self.positions {
-            let table = vars.get::<2>(positions).slice([0..length]).reshape([1, length, dim]);
+            let table = vars.get::<2>(positions).narrow(0, 0, length).reshape([1, length, dim]);
             x = (x.reshape([batch, length, dim]) + table).reshape([flat, dim]);
         }
         x = drop(&mut dropout, self.embedded.forward(vars, x), hyper.embedding_dropout);

@@ -132,7 +132,7 @@ pub fn step_loss<B: ModelBackend>(
         Negatives::All(excluded) => {
             // The mask, if there is one, is the last row and no item.
             let table = match encoder.shape().mask_row {
-                true => vars.get::<2>(encoder.items).slice([0..encoder.shape().n_items]),
+                true => vars.get::<2>(encoder.items).narrow(0, 0, encoder.shape().n_items),
                 false => vars.get::<2>(encoder.items),
             };
             let bias = encoder.bias.map(|bias| vars.get::<1>(bias));
