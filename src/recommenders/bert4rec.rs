@@ -73,7 +73,7 @@ impl Default for Bert4RecHyper {
                 average: 0.99,
                 warmup_epochs: 1.0,
                 decay: Decay::Cosine,
-                schedule: Schedule { learning_rate: 1e-3, batch_size: 16, epochs: 40, eval_every: 1, patience: 15 },
+                schedule: Schedule { learning_rate: 1e-3, batch_size: 16, epochs: 20, eval_every: 1, patience: 10 },
             },
         }
     }
