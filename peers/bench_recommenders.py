@@ -41,10 +41,10 @@ FIELD_DIM, HIDDEN, CIN = 16, [128, 128], [64, 64]
 
 # name: (kind, our model, our hyper-parameters, RecBole's model, RecBole's settings)
 MODELS = {
-    "mf": ("epoch", "mf", {"embedding_dim": DIM, "batch_size": BATCH}, "BPR", {"embedding_size": DIM}),
-    "lightgcn": ("epoch", "lightgcn", {"embedding_dim": DIM, "layers": 3, "batch_size": BATCH}, "LightGCN",
+    "mf": ("epoch", "mf", {"loss": "bpr", "embedding_dim": DIM, "batch_size": BATCH}, "BPR", {"embedding_size": DIM}),
+    "lightgcn": ("epoch", "lightgcn", {"loss": "bpr", "embedding_dim": DIM, "layers": 3, "batch_size": BATCH}, "LightGCN",
                  {"embedding_size": DIM, "n_layers": 3, "reg_weight": 1e-4}),
-    "sgl": ("epoch", "sgl", {"embedding_dim": DIM, "layers": 3, "drop_rate": 0.1, "augmentation": "edge-drop",
+    "sgl": ("epoch", "sgl", {"loss": "bpr", "embedding_dim": DIM, "layers": 3, "drop_rate": 0.1, "augmentation": "edge-drop",
                              "batch_size": BATCH}, "SGL",
             {"embedding_size": DIM, "n_layers": 3, "drop_ratio": 0.1, "type": "ED", "reg_weight": 1e-4}),
     "deepfm": ("epoch", "deepfm", {"embedding_dim": FIELD_DIM, "dnn_hidden_units": HIDDEN, "batch_size": BATCH},

@@ -21,7 +21,7 @@ def hyper(model, interactions):
     batch = 2048 if interactions <= 200_000 else 16_384 if interactions <= 2_000_000 else 65_536
     if model == "sasrec":
         return {"loss": "sampled-softmax", "negatives": 512, "max_len": 50, "batch_size": 128}
-    own = {"embedding_dim": 64, "batch_size": batch}
+    own = {"loss": "bpr", "embedding_dim": 64, "batch_size": batch}
     return {**own, "layers": 3} if model == "lightgcn" else own
 
 
