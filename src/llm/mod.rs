@@ -1,4 +1,4 @@
-//! A Llama-architecture language model: formats, tokenizer, decoder, engine, scoring.
+//! A language model of the Llama family: formats, tokenizer, decoder, engine, scoring.
 //!
 //! In: a GGUF file or a Hugging Face folder, and prompts. Out: log-probabilities, orders, ratings and text.
 //!
@@ -6,6 +6,7 @@
 //! weights on a device. Inside, [`weights`] reads either format, a [`decoder::Decoder`] does the
 //! arithmetic (`cpu`, or `model` on any Burn back end), and [`engine`] has the modes of asking, all on one [`scheduler`].
 
+pub mod architectures;
 pub mod blocks;
 pub mod chat;
 pub mod config;
@@ -21,6 +22,7 @@ pub mod quant;
 pub mod radix;
 pub mod ranking;
 pub mod rating;
+pub mod rope;
 pub mod safetensors;
 pub mod scheduler;
 pub mod scoring;

@@ -1,9 +1,10 @@
-//! The Llama decoder on any Burn back end.
+//! The Llama-like decoder on any Burn back end.
 //!
 //! Architecture: LLaMA (arXiv 2302.13971) with grouped-query attention (arXiv 2305.13245): per
 //! layer RMSNorm, attention with rotary positions (arXiv 2104.09864, halves rotated as in Hugging
-//! Face's `modeling_llama.py`), RMSNorm, SwiGLU; residual connections around both. Reference
-//! implementation: transformers, `models/llama/modeling_llama.py`.
+//! Face's `modeling_llama.py`), RMSNorm, SwiGLU; residual connections around both; biases (Qwen2)
+//! and norms of heads (Qwen3) where the configuration has them. Reference implementation: transformers,
+//! `models/{llama,qwen2,qwen3}/modeling_*.py`.
 //!
 //! Where we deviate: a batch is one row of tokens ([`Pack`]), not a padded rectangle; attention goes by blocks
 //! ([`Blocks`]); the head runs on the rows that are read only. With `half`, weights, keys, values and the operands of
@@ -17,7 +18,7 @@ use super::blocks::{self, Blocks, indices};
 use super::config::LlamaConfig;
 use super::decoder::{Decoder, Wanted};
 use super::pack::{Pack, Read};
-use super::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_tensor};
+use super::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_bias, layer_tensor};
 use crate::error::{Error, Result};
 
 /// Rows of logits that are made at once.
@@ -36,6 +37,10 @@ struct Layer<B: Backend> {
     key: Tensor<B, 2>,
     /// `[hidden, kv_width]`.
     value: Tensor<B, 2>,
+    /// Biases of the three, `[q_width]` and `[kv_width]` twice, where the model has them.
+    bias: Option<[Tensor<B, 1>; 3]>,
+    /// Weights of the norms of query and key heads, `[head_dim]` each, where the model has them.
+    head_norms: Option<[Tensor<B, 1>; 2]>,
     /// `[q_width, hidden]`.
     output: Tensor<B, 2>,
     /// `[hidden]`.
@@ -97,7 +102,9 @@ impl<B: Backend> BurnModel<B> {
         let Placement { half, gpu } = placement;
         let c = weights.config().clone();
         let vector = |name: &str| -> Result<Tensor<B, 1>> {
-            Ok(Tensor::from_data(TensorData::new(weights.values(name)?, [c.hidden]), device))
+            let values = weights.values(name)?;
+            let n = values.len();
+            Ok(Tensor::from_data(TensorData::new(values, [n]), device))
         };
         let rows = |name: &str, out: usize, width: usize| -> Result<Tensor<B, 2>> {
             let matrix = Tensor::<B, 2>::from_data(TensorData::new(weights.values(name)?, [out, width]), device);
@@ -105,12 +112,18 @@ impl<B: Backend> BurnModel<B> {
         };
         let layer = |i: usize| -> Result<Layer<B>> {
             let norm = |leaf: &str| vector(&layer_tensor(i, leaf));
+            let bias = |leaf: &str| vector(&layer_bias(i, leaf));
+            let biases =
+                || Ok::<_, Error>([bias("self_attn.q_proj")?, bias("self_attn.k_proj")?, bias("self_attn.v_proj")?]);
+            let head_norms = || Ok::<_, Error>([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]);
             let matrix = |leaf: &str, out, width| rows(&layer_tensor(i, leaf), out, width).map(Tensor::transpose);
             Ok(Layer {
                 attention_norm: norm("input_layernorm")?,
                 query: matrix("self_attn.q_proj", c.q_width(), c.hidden)?,
                 key: matrix("self_attn.k_proj", c.kv_width(), c.hidden)?,
                 value: matrix("self_attn.v_proj", c.kv_width(), c.hidden)?,
+                bias: c.qkv_bias.then(biases).transpose()?,
+                head_norms: c.qk_norm.then(head_norms).transpose()?,
                 output: matrix("self_attn.o_proj", c.hidden, c.q_width())?,
                 mlp_norm: norm("post_attention_layernorm")?,
                 gate: matrix("mlp.gate_proj", c.intermediate, c.hidden)?,
@@ -127,9 +140,9 @@ impl<B: Backend> BurnModel<B> {
         Ok(BurnModel { device, half, batch_tokens, embedding, layers, final_norm, head, config: c })
     }
 
-    /// `x / sqrt(mean(x^2) + eps) * weight`, rows of `[tokens, hidden]`.
-    fn rms_norm(&self, x: Tensor<B, 2>, weight: &Tensor<B, 1>) -> Tensor<B, 2> {
-        let mean_square = x.clone().powi_scalar(2).mean_dim(1);
+    /// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension: rows `[tokens, hidden]`, heads `[tokens, heads, head_dim]`.
+    fn rms_norm<const D: usize>(&self, x: Tensor<B, D>, weight: &Tensor<B, 1>) -> Tensor<B, D> {
+        let mean_square = x.clone().powi_scalar(2).mean_dim(D - 1);
         let scale = mean_square.add_scalar(self.config.rms_eps).sqrt().recip();
         x.mul(scale).mul(weight.clone().unsqueeze())
     }
@@ -177,11 +190,24 @@ impl<B: Backend> BurnModel<B> {
         Tensor::cat(vec![first, second], 2)
     }
 
-    /// Rotated heads of a projection, `[tokens, heads * head_dim]`, as an operand.
-    fn rotated(&self, x: Tensor<B, 2>, heads: usize, pass: &Pass<B>) -> Tensor<B, 2> {
+    /// Heads of a projection `[tokens, heads * head_dim]` with its bias, normed where the model does so, rotated, as an operand.
+    fn heads(&self, x: Tensor<B, 2>, part: usize, layer: &Layer<B>, pass: &Pass<B>) -> Tensor<B, 2> {
         let [tokens, width] = x.dims();
-        let x = self.wide(x).reshape([tokens, heads, self.config.head_dim]);
+        let dim = self.config.head_dim;
+        let mut x = self.biased(x, part, layer).reshape([tokens, width / dim, dim]);
+        if let Some(norms) = &layer.head_norms {
+            x = self.rms_norm(x, &norms[part]);
+        }
         self.operand(self.rotate(x, pass).reshape([tokens, width]))
+    }
+
+    /// A projection (0 query, 1 key, 2 value) with its bias, in f32.
+    fn biased(&self, x: Tensor<B, 2>, part: usize, layer: &Layer<B>) -> Tensor<B, 2> {
+        let x = self.wide(x);
+        match &layer.bias {
+            Some(bias) => x.add(bias[part].clone().unsqueeze()),
+            None => x,
+        }
     }
 
     /// Final hidden states of a pack's tokens before the last norm, `[tokens, hidden]`; `keep` gets every layer's keys and values.
@@ -197,9 +223,9 @@ impl<B: Backend> BurnModel<B> {
         let mut x = self.wide(self.embedding.clone().select(0, indices(&ids, &self.device)));
         for (i, layer) in self.layers.iter().enumerate() {
             let normed = self.operand(self.rms_norm(x.clone(), &layer.attention_norm));
-            let q = self.rotated(normed.clone().matmul(layer.query.clone()), c.heads, &pass);
-            let k = self.rotated(normed.clone().matmul(layer.key.clone()), c.kv_heads, &pass);
-            let v = normed.matmul(layer.value.clone());
+            let q = self.heads(normed.clone().matmul(layer.query.clone()), 0, layer, &pass);
+            let k = self.heads(normed.clone().matmul(layer.key.clone()), 1, layer, &pass);
+            let v = self.operand(self.biased(normed.matmul(layer.value.clone()), 2, layer));
             keep(&k, &v);
             let with_past = |fresh: Tensor<B, 2>, which: fn(&(Tensor<B, 2>, Tensor<B, 2>)) -> &Tensor<B, 2>| {
                 if past.is_empty() {
