@@ -177,6 +177,15 @@ impl Gguf {
         names
     }
 
+    /// The bytes of a tensor and how they store its values.
+    ///
+    /// # Errors
+    /// Exit 65 where there is no such tensor.
+    pub fn blocks(&self, name: &str) -> Result<(BlockType, &[u8])> {
+        let info = self.tensor(name).ok_or_else(|| self.fault(format!("there is no tensor `{name}`")))?;
+        Ok((info.block_type, &self.map[info.offset..info.offset + info.bytes]))
+    }
+
     /// The values of a tensor as f32, rows one after the other in the file's order.
     ///
     /// # Errors

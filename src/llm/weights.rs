@@ -3,10 +3,12 @@
 //! In: a path. Out: [`Weights`], which gives every tensor as f32 under its Hugging Face name and
 //! in Hugging Face row order, checked against the model's shape.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use super::config::LlamaConfig;
 use super::gguf::Gguf;
+use super::quant::BlockType;
 use super::safetensors::Checkpoint;
 use crate::error::{Error, Result};
 
@@ -21,6 +23,14 @@ pub struct Weights {
     path: PathBuf,
     store: Store,
     config: LlamaConfig,
+}
+
+/// A tensor as it lies in its file: whole blocks, rows in Hugging Face order.
+pub struct Blocks<'a> {
+    /// How its values are stored.
+    pub kind: BlockType,
+    /// `[rows][columns / values of a block]` blocks.
+    pub bytes: Cow<'a, [u8]>,
 }
 
 /// Whether a path is a model folder (else a GGUF file).
@@ -68,6 +78,23 @@ impl Weights {
                 })
             }
         }
+    }
+
+    /// The bytes of a tensor by its Hugging Face name; `None` where the file does not store it in ggml's blocks.
+    ///
+    /// # Errors
+    /// Exit 65 where there is no such tensor.
+    pub fn blocks(&self, name: &str) -> Result<Option<Blocks<'_>>> {
+        let Store::Gguf(gguf) = &self.store else { return Ok(None) };
+        let (kind, bytes) = gguf.blocks(&gguf_name(name))?;
+        let c = &self.config;
+        let heads = match name.rsplit('.').nth(1) {
+            Some("q_proj") => c.heads,
+            Some("k_proj") => c.kv_heads,
+            _ => return Ok(Some(Blocks { kind, bytes: Cow::Borrowed(bytes) })),
+        };
+        let row = bytes.len() / (heads * c.head_dim);
+        Ok(Some(Blocks { kind, bytes: Cow::Owned(unpermute(bytes, heads, c.head_dim, row)) }))
     }
 
     /// Sizes of a tensor, slowest first.
@@ -177,7 +204,7 @@ fn gguf_name(name: &str) -> String {
 
 /// GGUF row order to Hugging Face row order. GGUF rotates neighbouring pairs, Hugging Face
 /// halves: within a head, GGUF row `2 i + j` is Hugging Face row `j head_dim / 2 + i`.
-fn unpermute(values: &[f32], heads: usize, head_dim: usize, columns: usize) -> Vec<f32> {
+fn unpermute<T: Copy>(values: &[T], heads: usize, head_dim: usize, columns: usize) -> Vec<T> {
     let half = head_dim / 2;
     let mut out = Vec::with_capacity(values.len());
     for head in 0..heads {
