@@ -61,7 +61,10 @@ fn burn(half: bool) -> Arc<Burn> {
 /// An engine with batches of `batch` tokens and room for the keys and values of `held`.
 fn engine<D: Decoder>(decoder: &Arc<D>, batch: usize, held: usize) -> Local<Arc<D>> {
     let kv_bytes = held * decoder.token_bytes();
-    Local::new(decoder.clone(), LlmOptions { batch_tokens: Some(batch), kv_bytes, half: Half::Never })
+    Local::new(
+        decoder.clone(),
+        LlmOptions { batch_tokens: Some(batch), kv_bytes, half: Half::Never, ..LlmOptions::default() },
+    )
 }
 
 /// What is asked in one call.
