@@ -73,3 +73,6 @@ impl Memory {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
