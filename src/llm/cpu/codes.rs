@@ -101,14 +101,15 @@ impl Codes {
     /// Packs matrices of `[rows, k]` (Hugging Face's `[out, in]`) below each other. `None` where a type has no codes,
     /// k is no whole number of blocks, or a scale is not finite.
     pub fn pack(matrices: &[Blocks<'_>], k: usize, wide: bool) -> Option<Self> {
-        if !k.is_multiple_of(BLOCK) || !matrices.iter().all(|m| has_codes(m.kind)) {
+        if !k.is_multiple_of(BLOCK) || !matrices.iter().all(|m| has_codes(m.block_type)) {
             return None;
         }
         let blocks = k / BLOCK;
-        let row_bytes = |m: &Blocks<'_>| m.kind.block().1 * blocks;
+        let row_bytes = |m: &Blocks<'_>| m.block_type.block().1 * blocks;
         let rows: Vec<(BlockType, &[u8])> =
-            matrices.iter().flat_map(|m| m.bytes.chunks_exact(row_bytes(m)).map(|r| (m.kind, r))).collect();
-        let zero = zero_of(matrices.first()?.kind).filter(|z| matrices.iter().all(|m| zero_of(m.kind) == Some(*z)));
+            matrices.iter().flat_map(|m| m.bytes.chunks_exact(row_bytes(m)).map(|r| (m.block_type, r))).collect();
+        let zero = zero_of(matrices.first()?.block_type)
+            .filter(|z| matrices.iter().all(|m| zero_of(m.block_type) == Some(*z)));
         let panels = rows.len().div_ceil(LANES);
         let mut codes = vec![Line([[0; 4]; LANES]); panels * blocks * QUADS];
         let mut scales = vec![Lanes([0.0; LANES]); panels * blocks];
@@ -334,7 +335,7 @@ mod tests {
     }
 
     fn matrix(kind: BlockType, bytes: &[u8]) -> Blocks<'_> {
-        Blocks { kind, bytes: Cow::Borrowed(bytes) }
+        Blocks { block_type: kind, rows: 0, columns: 0, bytes: Cow::Borrowed(bytes) }
     }
 
     #[test]
