@@ -28,11 +28,13 @@ use std::path::Path;
 
 pub use self::chat::{ChatTokenizer, Message};
 pub use self::config::LlamaConfig;
+pub use self::cpu::linear::Precision;
 pub use self::engine::ScoreRequest;
 pub use self::serve::serve;
 
 use self::cpu::CpuModel;
 use self::cpu::kernels::Isa;
+
 use self::engine::Engine;
 use self::model::BurnModel;
 use self::weights::Weights;
@@ -67,12 +69,20 @@ impl Llm {
     /// Exit 65 where a file is missing, damaged or of an unsupported kind, or the parts do not fit
     /// each other; 75 or 78 where the device is not to be had.
     pub fn open(path: &Path, device: DeviceChoice) -> Result<Self> {
+        Llm::open_with(path, device, Precision::Auto)
+    }
+
+    /// As [`Llm::open`], with a precision of the linear layers on a CPU.
+    ///
+    /// # Errors
+    /// As [`Llm::open`].
+    pub fn open_with(path: &Path, device: DeviceChoice, precision: Precision) -> Result<Self> {
         let opened = device.open()?;
         let chat = ChatTokenizer::open_weights_only(path)?;
         let weights = Weights::open(path)?;
         let engine: Box<dyn Engine> = if matches!(opened.device, Device::Cpu) {
             // Our own arrangement of the same arithmetic; see `cpu/mod.rs`.
-            Box::new(CpuModel::load(&weights, Isa::detect())?)
+            Box::new(CpuModel::load_with(&weights, Isa::detect(), precision)?)
         } else {
             opened.device.run(LoadOn(&weights))?
         };
@@ -89,16 +99,24 @@ impl Llm {
         Ok(Llm { chat, engine, device: format!("device: {device:?}") })
     }
 
-    /// Loads a model on the CPU with the kernels of a given instruction set.
+    /// Loads a model on the CPU with the f32 kernels of a given instruction set.
     ///
     /// # Errors
     /// As [`Llm::open`]; our bug (exit 70) where this machine lacks the instructions.
     pub fn open_cpu(path: &Path, isa: Isa) -> Result<Self> {
+        Llm::open_cpu_with(path, isa, Precision::F32)
+    }
+
+    /// As [`Llm::open_cpu`], with a precision of the linear layers.
+    ///
+    /// # Errors
+    /// As [`Llm::open_cpu`].
+    pub fn open_cpu_with(path: &Path, isa: Isa, precision: Precision) -> Result<Self> {
         if !Isa::available().contains(&isa) {
             return Err(Error::internal(format!("this machine has no {isa:?} instructions")));
         }
         let chat = ChatTokenizer::open_weights_only(path)?;
-        let engine = Box::new(CpuModel::load(&Weights::open(path)?, isa)?);
+        let engine = Box::new(CpuModel::load_with(&Weights::open(path)?, isa, precision)?);
         Ok(Llm { chat, engine, device: format!("device: cpu ({isa:?})") })
     }
 
