@@ -66,7 +66,7 @@ impl InstructionTask {
 const SYSTEM: &str = include_str!("../../prompts/instruct.system.jinja");
 
 /// A title, and what is told of it: a rating, or a column's value. Empty where nothing is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Line<'a> {
     /// The clean title.
     pub title: &'a str,
@@ -162,14 +162,17 @@ impl InstructionTemplates {
     /// # Errors
     /// The template fails (exit 78).
     pub fn user(&self, task: InstructionTask, fields: &InstructionFields<'_>) -> Result<String> {
+        let lines = |lines: &[Line<'_>]| -> Value {
+            lines.iter().map(|l| context! { title => l.title, value => l.value.as_str() }).collect()
+        };
         self.render(
             task.name(),
             context! {
                 noun => fields.noun,
-                history => fields.history,
-                candidates => fields.candidates,
-                similar => fields.similar,
-                prediction => fields.prediction,
+                history => lines(fields.history),
+                candidates => fields.candidates.iter().copied().collect::<Value>(),
+                similar => lines(fields.similar),
+                prediction => fields.prediction.iter().map(String::as_str).collect::<Value>(),
                 field => fields.field,
                 lowest => fields.range.0,
                 highest => fields.range.1,

@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 
 use rand::Rng;
-use rand::seq::SliceRandom;
+use rand::seq::{IndexedRandom, SliceRandom};
 use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
 
@@ -256,7 +256,7 @@ impl<'a> Maker<'a> {
     }
 
     /// The user message with the latest `h` of the history and `s` of the similar user's.
-    fn render(&self, task: InstructionTask, parts: &Parts<'_>, h: usize, s: usize) -> Result<String> {
+    fn render(&self, task: InstructionTask, parts: &Parts<'a>, h: usize, s: usize) -> Result<String> {
         let history = &parts.history[parts.history.len() - h..];
         let similar = &parts.similar[parts.similar.len() - s..];
         if task == InstructionTask::Ranking {

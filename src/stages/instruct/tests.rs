@@ -145,7 +145,7 @@ struct Split {
     parts: BTreeMap<&'static str, BTreeMap<i64, BTreeSet<String>>>,
 }
 
-fn split_of(rows: &[(i64, i64, f64, i64)], n_items: usize) -> Split {
+fn split_of(rows: &[(i64, i64, f32, i64)], n_items: usize) -> Split {
     let rule = SplitRule { method: Method::LeaveOneOut, min_interactions: 3, history_at_test: HistoryAtTest::Train };
     let mut parts = BTreeMap::new();
     let mut train = None;
@@ -178,8 +178,8 @@ fn split_of(rows: &[(i64, i64, f64, i64)], n_items: usize) -> Split {
 }
 
 /// Eight users with overlapping tastes, nine interactions each, and one with two.
-fn small() -> Vec<(i64, i64, f64, i64)> {
-    let many = (0..72).map(|r| (r % 8, (r / 8 * 5 + r % 8 * 10) % 60, (1 + r % 5) as f64, r));
+fn small() -> Vec<(i64, i64, f32, i64)> {
+    let many = (0..72).map(|r| (r % 8, (r / 8 * 5 + r % 8 * 10) % 60, (1 + r % 5) as f32, r));
     many.chain([(8, 3, 4., 100), (8, 9, 4., 101)]).collect()
 }
 
@@ -277,7 +277,7 @@ fn titles_in_full_put_the_next_item_first() {
 #[test]
 fn repeats_are_dropped_and_the_size_is_a_limit() {
     // Each user has rated item 0 and then items of one title: the same instruction over and over.
-    let rows_of: Vec<(i64, i64, f64, i64)> = (0..30).map(|r| (r / 3, r % 3, 3.0, r)).collect();
+    let rows_of: Vec<(i64, i64, f32, i64)> = (0..30).map(|r| (r / 3, r % 3, 3.0, r)).collect();
     let mut split = split_of(&rows_of, 3);
     split.tables.train = {
         let ids = |f: &dyn Fn(i64) -> i64| (0..30).map(f).collect::<Vec<i64>>();
@@ -359,8 +359,8 @@ proptest! {
         picks in prop::collection::vec((0i64..6, 0i64..40, 1u8..=5), 20..120),
         other in prop::collection::vec(0i64..40, 12),
     ) {
-        let log: Vec<(i64, i64, f64, i64)> =
-            picks.iter().enumerate().map(|(n, &(u, i, r))| (u, i, f64::from(r), n as i64)).collect();
+        let log: Vec<(i64, i64, f32, i64)> =
+            picks.iter().enumerate().map(|(n, &(u, i, r))| (u, i, f32::from(r), n as i64)).collect();
         // Each user's last two interactions, in two versions, with items that are in nobody's train.
         let with = |items: &dyn Fn(usize) -> i64| -> Split {
             let mut log = log.clone();

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 
 use super::InstructConfig;
-use crate::columns::{ITEM_ID, NEIGHBOUR_ID, POSITION, PREDICTED_RATING, RANK, RATING, TITLE, USER_ID};
+use crate::columns::{ITEM_ID, NEIGHBOUR_ID, POSITION, PREDICTED_RATING, RANK, TITLE, USER_ID};
 use crate::error::{Error, Result};
 use crate::interactions::sampler::NegativeSampler;
 use crate::interactions::{Histories, IdMap};
