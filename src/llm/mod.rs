@@ -20,6 +20,7 @@ pub mod safetensors;
 pub mod scoring;
 pub mod serve;
 pub mod tokenizer;
+pub mod tune;
 pub mod weights;
 
 use std::path::Path;
