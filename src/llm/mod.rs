@@ -1,4 +1,4 @@
-//! A Llama-architecture language model: formats, tokenizer, decoder, engine, scoring.
+//! A language model of the Llama family: formats, tokenizer, decoder, engine, scoring.
 //!
 //! In: a GGUF file or a Hugging Face folder, and prompts. Out: log-probabilities and text.
 //!
@@ -6,6 +6,7 @@
 //! weights on a device. Inside, [`weights`] reads either format, a [`decoder::Decoder`] does the
 //! arithmetic (`cpu`, or `model` on any Burn back end), and [`engine`] schedules prompts over it.
 
+pub mod architectures;
 pub mod chat;
 pub mod config;
 pub mod cpu;
@@ -16,6 +17,7 @@ pub mod ledger;
 pub mod model;
 pub mod pack;
 pub mod quant;
+pub mod rope;
 pub mod safetensors;
 pub mod scoring;
 pub mod serve;

@@ -1,9 +1,10 @@
-//! The Llama decoder on any Burn back end.
+//! The Llama-like decoder on any Burn back end.
 //!
 //! Architecture: LLaMA (arXiv 2302.13971) with grouped-query attention (arXiv 2305.13245): per
 //! layer RMSNorm, attention with rotary positions (arXiv 2104.09864, halves rotated as in Hugging
-//! Face's `modeling_llama.py`), RMSNorm, SwiGLU; residual connections around both. Reference
-//! implementation: transformers, `models/llama/modeling_llama.py`.
+//! Face's `modeling_llama.py`), RMSNorm, SwiGLU; residual connections around both; biases (Qwen2)
+//! and norms of heads (Qwen3) where the configuration has them. Reference implementation: transformers,
+//! `models/{llama,qwen2,qwen3}/modeling_*.py`.
 //!
 //! Where we deviate: a batch is one row of tokens with a mask that says which token sees which
 //! ([`Pack`]), not a padded rectangle; and the head runs on the rows that are read only.
@@ -15,7 +16,7 @@ use burn::tensor::{Int, Tensor, TensorData};
 use super::config::LlamaConfig;
 use super::decoder::Decoder;
 use super::pack::Pack;
-use super::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_tensor};
+use super::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_bias, layer_tensor};
 use crate::error::{Error, Result};
 
 /// Rows of logits that are brought to the host at once.
@@ -31,6 +32,10 @@ struct Layer<B: Backend> {
     key: Tensor<B, 2>,
     /// `[hidden, kv_width]`.
     value: Tensor<B, 2>,
+    /// Biases of the three, `[q_width]` and `[kv_width]` twice, where the model has them.
+    bias: Option<[Tensor<B, 1>; 3]>,
+    /// Weights of the norms of query and key heads, `[head_dim]` each, where the model has them.
+    head_norms: Option<[Tensor<B, 1>; 2]>,
     /// `[q_width, hidden]`.
     output: Tensor<B, 2>,
     /// `[hidden]`.
@@ -81,19 +86,27 @@ impl<B: Backend> BurnModel<B> {
     pub fn load(weights: &Weights, device: &B::Device) -> Result<Self> {
         let c = weights.config().clone();
         let vector = |name: &str| -> Result<Tensor<B, 1>> {
-            Ok(Tensor::from_data(TensorData::new(weights.values(name)?, [c.hidden]), device))
+            let values = weights.values(name)?;
+            let n = values.len();
+            Ok(Tensor::from_data(TensorData::new(values, [n]), device))
         };
         let rows = |name: &str, out: usize, width: usize| -> Result<Tensor<B, 2>> {
             Ok(Tensor::from_data(TensorData::new(weights.values(name)?, [out, width]), device))
         };
         let layer = |i: usize| -> Result<Layer<B>> {
             let norm = |leaf: &str| vector(&layer_tensor(i, leaf));
+            let bias = |leaf: &str| vector(&layer_bias(i, leaf));
+            let biases =
+                || Ok::<_, Error>([bias("self_attn.q_proj")?, bias("self_attn.k_proj")?, bias("self_attn.v_proj")?]);
+            let head_norms = || Ok::<_, Error>([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]);
             let matrix = |leaf: &str, out, width| rows(&layer_tensor(i, leaf), out, width).map(Tensor::transpose);
             Ok(Layer {
                 attention_norm: norm("input_layernorm")?,
                 query: matrix("self_attn.q_proj", c.q_width(), c.hidden)?,
                 key: matrix("self_attn.k_proj", c.kv_width(), c.hidden)?,
                 value: matrix("self_attn.v_proj", c.kv_width(), c.hidden)?,
+                bias: c.qkv_bias.then(biases).transpose()?,
+                head_norms: c.qk_norm.then(head_norms).transpose()?,
                 output: matrix("self_attn.o_proj", c.hidden, c.q_width())?,
                 mlp_norm: norm("post_attention_layernorm")?,
                 gate: matrix("mlp.gate_proj", c.intermediate, c.hidden)?,
@@ -108,9 +121,9 @@ impl<B: Backend> BurnModel<B> {
         Ok(BurnModel { device: device.clone(), embedding, layers, final_norm, head: head.transpose(), config: c })
     }
 
-    /// `x / sqrt(mean(x^2) + eps) * weight`, rows of `[tokens, hidden]`.
-    fn rms_norm(&self, x: Tensor<B, 2>, weight: &Tensor<B, 1>) -> Tensor<B, 2> {
-        let mean_square = x.clone().powi_scalar(2).mean_dim(1);
+    /// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension: rows `[tokens, hidden]`, heads `[tokens, heads, head_dim]`.
+    fn rms_norm<const D: usize>(&self, x: Tensor<B, D>, weight: &Tensor<B, 1>) -> Tensor<B, D> {
+        let mean_square = x.clone().powi_scalar(2).mean_dim(D - 1);
         let scale = mean_square.add_scalar(self.config.rms_eps).sqrt().recip();
         x.mul(scale).mul(weight.clone().unsqueeze())
     }
@@ -170,9 +183,20 @@ impl<B: Backend> BurnModel<B> {
         let [tokens, _] = x.dims();
         let group = c.heads / c.kv_heads;
         let heads = |x: Tensor<B, 2>, n: usize| x.reshape([tokens, n, c.head_dim]);
-        let q = self.rotate(heads(x.clone().matmul(layer.query.clone()), c.heads), pass);
-        let k = self.rotate(heads(x.clone().matmul(layer.key.clone()), c.kv_heads), pass);
-        let v = heads(x.matmul(layer.value.clone()), c.kv_heads);
+        let mut q = x.clone().matmul(layer.query.clone());
+        let mut k = x.clone().matmul(layer.key.clone());
+        let mut v = x.matmul(layer.value.clone());
+        if let Some([query, key, value]) = &layer.bias {
+            q = q.add(query.clone().unsqueeze());
+            k = k.add(key.clone().unsqueeze());
+            v = v.add(value.clone().unsqueeze());
+        }
+        let (mut q, mut k, v) = (heads(q, c.heads), heads(k, c.kv_heads), heads(v, c.kv_heads));
+        if let Some([query, key]) = &layer.head_norms {
+            q = self.rms_norm(q, query);
+            k = self.rms_norm(k, key);
+        }
+        let (q, k) = (self.rotate(q, pass), self.rotate(k, pass));
         let (mut k, mut v) = (k.swap_dims(0, 1), v.swap_dims(0, 1));
         if let Some((past_k, past_v)) = cache.as_ref() {
             k = Tensor::cat(vec![past_k.clone(), k], 1);

@@ -17,8 +17,8 @@ use self::product::Packed;
 use super::config::LlamaConfig;
 use super::decoder::Decoder;
 use super::pack::Pack;
-use super::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_tensor};
-use crate::error::Result;
+use super::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_bias, layer_tensor};
+use crate::error::{Error, Result};
 
 /// Rows of a block, at most: enough that a panel of weights is used often once it is in the core's cache, few enough
 /// that what a block makes between two products is not far. Half or a quarter costs one percent.
@@ -33,6 +33,10 @@ struct Layer {
     attention_norm: Vec<f32>,
     /// Query, key and value projections side by side: `hidden -> q_width + 2 kv_width`.
     qkv: Packed,
+    /// Biases of the three side by side, `[q_width + 2 kv_width]`; empty where the model has none.
+    qkv_bias: Vec<f32>,
+    /// Weights of the norms of query and key heads, `[head_dim]` each, where the model has them.
+    head_norms: Option<[Vec<f32>; 2]>,
     /// `q_width -> hidden`.
     output: Packed,
     /// `[hidden]`.
@@ -76,10 +80,17 @@ impl CpuModel {
         let layer = |i: usize| -> Result<Layer> {
             let get = |leaf: &str| weights.values(&layer_tensor(i, leaf));
             let (q, k, v) = (get("self_attn.q_proj")?, get("self_attn.k_proj")?, get("self_attn.v_proj")?);
+            let mut qkv_bias = Vec::new();
+            for leaf in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].iter().filter(|_| c.qkv_bias) {
+                qkv_bias.extend(weights.values(&layer_bias(i, leaf))?);
+            }
+            let head_norms = || Ok::<_, Error>([get("self_attn.q_norm")?, get("self_attn.k_norm")?]);
             let (gate, up) = (get("mlp.gate_proj")?, get("mlp.up_proj")?);
             Ok(Layer {
                 attention_norm: get("input_layernorm")?,
                 qkv: Packed::pack(&[&q, &k, &v], c.hidden),
+                qkv_bias,
+                head_norms: c.qk_norm.then(head_norms).transpose()?,
                 output: Packed::pack(&[&get("self_attn.o_proj")?], c.q_width()),
                 mlp_norm: get("post_attention_layernorm")?,
                 gate_up: Packed::pack(&[&gate, &up], c.hidden),
@@ -147,6 +158,12 @@ impl CpuModel {
         layer.qkv.multiply(self.isa, normed, qkv, false);
         let half = self.frequencies.len();
         for ((row, cos), sin) in qkv.chunks_exact_mut(self.qkv_width()).zip(cos.chunks(half)).zip(sin.chunks(half)) {
+            add(row, &layer.qkv_bias);
+            if let Some([query, key]) = &layer.head_norms {
+                let (queries, rest) = row.split_at_mut(c.q_width());
+                norm_heads(queries, query, c.rms_eps);
+                norm_heads(&mut rest[..c.kv_width()], key, c.rms_eps);
+            }
             kernels::rotate(self.isa, &mut row[..c.q_width() + c.kv_width()], cos, sin);
         }
     }
@@ -224,6 +241,30 @@ fn add_product(weights: &Packed, isa: Isa, a: &[f32], x: &mut [f32], width: usiz
     for (x, p) in x.chunks_mut(width).zip(padded.chunks(full)) {
         for (x, p) in x.iter_mut().zip(p) {
             *x += *p;
+        }
+    }
+}
+
+/// `row += bias`, as far as the bias goes.
+fn add(row: &mut [f32], bias: &[f32]) {
+    for (x, b) in row.iter_mut().zip(bias) {
+        *x += b;
+    }
+}
+
+/// RMSNorm of each head of a row, in place; `weight` is `[head_dim]`.
+fn norm_heads(row: &mut [f32], weight: &[f32], eps: f32) {
+    for head in row.chunks_exact_mut(weight.len()) {
+        // Sums side by side, so that the compiler may keep them in one register.
+        let mut sums = [0f32; LANES];
+        for part in head.chunks(LANES) {
+            for (sum, x) in sums.iter_mut().zip(part) {
+                *sum += x * x;
+            }
+        }
+        let scale = 1.0 / (sums.iter().sum::<f32>() / weight.len() as f32 + eps).sqrt();
+        for (x, w) in head.iter_mut().zip(weight) {
+            *x = *x * scale * w;
         }
     }
 }
