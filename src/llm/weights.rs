@@ -57,6 +57,12 @@ impl Weights {
         &self.config
     }
 
+    /// The shape of the model, for tests that spoil it.
+    #[cfg(test)]
+    pub(crate) fn config_mut(&mut self) -> &mut LlamaConfig {
+        &mut self.config
+    }
+
     /// The values of a tensor by its Hugging Face name, e.g. `model.layers.0.self_attn.q_proj.weight`:
     /// `[rows, columns]` row by row, or `[columns]`.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
