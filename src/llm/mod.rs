@@ -29,6 +29,7 @@ pub mod scoring;
 pub mod serve;
 pub mod tokenizer;
 pub mod trie;
+pub mod tune;
 pub mod weights;
 
 use std::path::Path;

@@ -17,14 +17,14 @@ pub struct ParamId(usize);
 
 /// All weights of a model.
 pub struct Params<B: Backend> {
-    device: B::Device,
-    list: Vec<Param<B>>,
-    steps: usize,
+    pub(super) device: B::Device,
+    pub(super) list: Vec<Param<B>>,
+    pub(super) steps: usize,
 }
 
 /// Values and moments are flat; `shape` is how the model sees them.
-struct Param<B: Backend> {
-    name: String,
+pub(super) struct Param<B: Backend> {
+    pub(super) name: String,
     shape: Vec<usize>,
     value: Tensor<B, 1>,
     moments: Option<(Tensor<B, 1>, Tensor<B, 1>)>,
@@ -32,7 +32,7 @@ struct Param<B: Backend> {
 
 /// The weights as a model reads them, with or without gradients.
 pub struct Vars<B: Backend> {
-    list: Vec<(Vec<usize>, Tensor<B, 1>)>,
+    pub(super) list: Vec<(Vec<usize>, Tensor<B, 1>)>,
     tracked: bool,
     rows: RefCell<Vec<RowLeaf<B>>>,
 }
@@ -78,6 +78,28 @@ impl<B: Backend> Params<B> {
         let leaf = |p: &Param<B>| Tensor::<Autodiff<B>, 1>::from_inner(p.value.clone()).require_grad();
         let list = self.list.iter().map(|p| (p.shape.clone(), leaf(p))).collect();
         Vars { list, tracked: true, rows: RefCell::default() }
+    }
+
+    /// The weights as constants of a computation that has gradients elsewhere.
+    pub fn frozen(&self) -> Vars<Autodiff<B>> {
+        let constant = |p: &Param<B>| Tensor::<Autodiff<B>, 1>::from_inner(p.value.clone());
+        let list = self.list.iter().map(|p| (p.shape.clone(), constant(p))).collect();
+        Vars { list, tracked: false, rows: RefCell::default() }
+    }
+
+    /// How many weights there are.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// How many numbers all weights have together.
+    pub fn numbers(&self) -> usize {
+        self.list.iter().map(|p| p.shape.iter().product::<usize>()).sum()
     }
 
     /// The weights' values on the host.
@@ -232,7 +254,7 @@ impl<B: AdamBackend> Params<B> {
 }
 
 impl<B: Backend> Param<B> {
-    fn update(&mut self, step: impl FnOnce(super::adam::State<B>) -> super::adam::State<B>) {
+    pub(super) fn update(&mut self, step: impl FnOnce(super::adam::State<B>) -> super::adam::State<B>) {
         let device = self.value.device();
         let empty = || Tensor::zeros([0], &device);
         // The value is moved out, so that the step may write into its memory.
