@@ -14,6 +14,7 @@ pub mod cpu;
 pub mod decoder;
 pub mod engine;
 pub mod gguf;
+pub mod item;
 pub mod ledger;
 pub mod model;
 pub mod options;

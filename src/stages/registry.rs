@@ -33,6 +33,8 @@ pub static KINDS: &[StageKind] = &[
     super::prompt::KIND,
     super::instruct::KIND,
     super::rerank::KIND,
+    super::train_items::KIND,
+    super::rerank_items::KIND,
     super::calibrate::KIND,
     super::fuse::KIND,
     super::evaluate::KIND,
