@@ -36,6 +36,7 @@ use self::cpu::CpuModel;
 use self::cpu::kernels::Isa;
 use self::engine::Engine;
 use self::model::BurnModel;
+use self::tune::LoraFile;
 use self::weights::Weights;
 use crate::device::{Device, DeviceChoice, ModelBackend, OnBackend};
 use crate::error::{Error, Result};
@@ -68,9 +69,17 @@ impl Llm {
     /// Exit 65 where a file is missing, damaged or of an unsupported kind, or the parts do not fit
     /// each other; 75 or 78 where the device is not to be had.
     pub fn open(path: &Path, device: DeviceChoice) -> Result<Self> {
+        Self::open_adapted(path, None, device)
+    }
+
+    /// The same with an adapter, which is added to the weights as they are loaded.
+    ///
+    /// # Errors
+    /// As [`Llm::open`]; exit 65 where the adapter is of another model.
+    pub fn open_adapted(path: &Path, adapter: Option<LoraFile>, device: DeviceChoice) -> Result<Self> {
         let opened = device.open()?;
         let chat = ChatTokenizer::open_weights_only(path)?;
-        let weights = Weights::open(path)?;
+        let weights = Weights::open(path)?.with_adapter(adapter)?;
         let engine: Box<dyn Engine> = if matches!(opened.device, Device::Cpu) {
             // Our own arrangement of the same arithmetic; see `cpu/mod.rs`.
             Box::new(CpuModel::load(&weights, Isa::detect())?)
