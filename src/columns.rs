@@ -176,3 +176,17 @@ pub const MIN: &str = "min";
 pub const MAX: &str = "max";
 /// int32: number of draws.
 pub const DRAWS: &str = "draws";
+/// string: what an instruction asks, `pairwise`, `list`, `side_info`, `ranking` or `rating`.
+pub const TASK: &str = "task";
+/// string: the answer of an instruction.
+pub const RESPONSE: &str = "response";
+/// string: `train`, or `held-out` for what tuning is measured on.
+pub const SPLIT: &str = "split";
+/// boolean: whether a prompt has a similar user's history or a recommender's prediction.
+pub const AUGMENTED: &str = "augmented";
+/// int32: tokens of a whole conversation, answer included; int64 where it is a sum.
+pub const TOKENS: &str = "tokens";
+/// int32: tokens of the longest conversation.
+pub const TOKENS_MAX: &str = "tokens_max";
+/// int64: number of instructions.
+pub const INSTRUCTIONS: &str = "instructions";

@@ -9,6 +9,7 @@ pub mod calibrate;
 pub mod context;
 pub mod evaluate;
 pub mod fuse;
+pub mod instruct;
 pub mod predict;
 pub mod prompt;
 pub mod recommend;

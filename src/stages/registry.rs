@@ -31,6 +31,7 @@ pub static KINDS: &[StageKind] = &[
     super::predict::KIND,
     super::similar::KIND,
     super::prompt::KIND,
+    super::instruct::KIND,
     super::rerank::KIND,
     super::calibrate::KIND,
     super::fuse::KIND,

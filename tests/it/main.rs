@@ -52,6 +52,8 @@ mod llm_files;
 mod llm_serve;
 // Prompts counted by a real tokenizer: budget, common beginning, hostile titles.
 mod prompts;
+// The tuning set: nothing held out in it.
+mod instruct;
 
 // Metrics of hand-made tables, the choice of weights, the terminal's tables.
 mod evaluation;
