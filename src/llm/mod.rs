@@ -48,6 +48,7 @@ use self::cpu::CpuModel;
 use self::cpu::kernels::Isa;
 use self::engine::{Engine, Local};
 use self::model::{BurnModel, Placement};
+use self::tune::LoraFile;
 use self::weights::Weights;
 use crate::device::{Device, DeviceChoice, ModelBackend, OnBackend};
 use crate::error::{Error, Result};
@@ -88,9 +89,22 @@ impl Llm {
     /// # Errors
     /// As [`Llm::open`].
     pub fn open_with(path: &Path, device: DeviceChoice, options: LlmOptions) -> Result<Self> {
+        Self::open_adapted(path, None, device, options)
+    }
+
+    /// The same with an adapter, which is added to the weights as they are loaded.
+    ///
+    /// # Errors
+    /// As [`Llm::open`]; exit 65 where the adapter is of another model.
+    pub fn open_adapted(
+        path: &Path,
+        adapter: Option<LoraFile>,
+        device: DeviceChoice,
+        options: LlmOptions,
+    ) -> Result<Self> {
         let opened = device.open()?;
         let chat = ChatTokenizer::open_weights_only(path)?;
-        let weights = Weights::open(path)?;
+        let weights = Weights::open(path)?.with_adapter(adapter)?;
         let engine: Box<dyn Engine> = if matches!(opened.device, Device::Cpu) {
             // Our own arrangement of the same arithmetic; see `cpu/mod.rs`.
             Box::new(Local::new(CpuModel::load_with(&weights, Isa::detect(), options.precision)?, options))

@@ -22,7 +22,7 @@ use burn::tensor::{FloatDType, Int, Tensor, TensorData};
 use super::lora::{Adapter, Target};
 use crate::error::{Error, Result};
 use crate::llm::config::LlamaConfig;
-use crate::llm::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_tensor};
+use crate::llm::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_bias, layer_tensor};
 use crate::recommenders::ops::{
     Angles, FusedBackend, Heads, dropout, fixed_cross_entropy, linear_cross_entropy, project, rms_norm, rotary,
     segment_attention, swiglu,
@@ -140,13 +140,22 @@ impl Decoder {
             for target in Target::ALL {
                 let [outputs, inputs] = target.shape(&c);
                 let weight = add(&layer_tensor(layer, target.leaf()), &[outputs, inputs])?;
-                linears.push((weight, None));
+                let has = c.qkv_bias && matches!(target, Target::Query | Target::Key | Target::Value);
+                let bias = has.then(|| add(&layer_bias(layer, target.leaf()), &[outputs])).transpose()?;
+                linears.push((weight, bias));
             }
+            let norm = |leaf, add: &mut dyn FnMut(&str, &[usize]) -> Result<ParamId>| {
+                add(&layer_tensor(layer, leaf), &[c.head_dim])
+            };
+            let head_norms = match c.qk_norm {
+                false => None,
+                true => Some([norm("self_attn.q_norm", &mut add)?, norm("self_attn.k_norm", &mut add)?]),
+            };
             layers.push(Layer {
                 attention_norm: add(&layer_tensor(layer, "input_layernorm"), &[c.hidden])?,
                 mlp_norm: add(&layer_tensor(layer, "post_attention_layernorm"), &[c.hidden])?,
                 linears,
-                head_norms: None,
+                head_norms,
             });
         }
         let final_norm = add(FINAL_NORM, &[c.hidden])?;

@@ -6,7 +6,7 @@ use burn::backend::Flex;
 use serde_json::Value as Json;
 
 use super::tuner::Tuner;
-use super::{Batch, Decoder, Example, Parts};
+use super::{Adapter, Batch, Decoder, Example, LoraFile, Parts};
 use crate::llm::weights::Weights;
 use crate::recommenders::optim::{Adam, Params};
 use crate::recommenders::saved::{NamedTensor, read_f32};
@@ -150,4 +150,108 @@ fn a_prefix_of_the_layers_reads_no_others() {
         let error = Decoder::load(&weights, Parts { layers: Some(layers), text: false }, &mut params).unwrap_err();
         assert_eq!(error.fault.exit_code(), 78);
     }
+}
+
+fn tuning() -> Json {
+    serde_json::from_slice(&std::fs::read(folder("tuning/golden.json")).unwrap()).unwrap()
+}
+
+/// The examples of a case of `peers/golden_tuning.py`, packed, and one over the number of their learned tokens.
+fn packed(case: &Json) -> (Batch, f64) {
+    let sequences = case["sequences"].as_array().unwrap();
+    let examples: Vec<Example> = sequences
+        .iter()
+        .map(|s| Example {
+            ids: numbers(&s["ids"]).iter().map(|&id| id as u32).collect(),
+            learned: numbers(&s["mask"]).iter().map(|&m| m == 1.0).collect(),
+        })
+        .collect();
+    let batch = Batch::of(&examples);
+    let share = 1.0 / batch.targets.len() as f64;
+    (batch, share)
+}
+
+fn steps_agree(tuner: &mut Tuner<Flex>, case: &Json, learning_rate: f64) {
+    let (batch, share) = packed(case);
+    let losses = numbers(&case["losses"]);
+    for (step, want) in losses.iter().enumerate() {
+        let mut gradients = tuner.learned().no_gradients();
+        let loss = tuner.gradients(&batch, share, 0, &mut gradients) * share;
+        assert!((loss - want).abs() < 2e-5, "after {step} steps: {loss} is not {want}");
+        if step == 0 {
+            let named = tuner.learned().named(&gradients);
+            for (parameter, want) in case["grad_l2"].as_object().unwrap() {
+                relative(parameter, l2(by_name(&named, parameter)), want.as_f64().unwrap(), 2e-5);
+            }
+        }
+        let adam = Adam { decay: 0.01, ..Adam::new(learning_rate) };
+        tuner.learned_mut().apply(gradients, &adam);
+    }
+}
+
+#[test]
+fn gradients_of_biases_head_norms_and_scaled_positions() {
+    for (name, case) in tuning()["families"].as_object().unwrap() {
+        for recompute in [false, true] {
+            steps_agree(&mut whole(name, recompute), case, 1e-3);
+        }
+    }
+}
+
+/// `tiny` with the adapter of `tuning/lora`, which is what is learned.
+fn adapted(recompute: bool) -> Tuner<Flex> {
+    let mut tuner = whole("tiny", recompute);
+    let file = LoraFile::open(&folder("tuning/lora")).unwrap();
+    let mut params = Params::new(&Default::default());
+    let adapter = Adapter::of_file(tuner.decoder.config(), &file, &mut params).unwrap();
+    tuner.adapter = Some((adapter, params));
+    tuner
+}
+
+#[test]
+fn an_adapter_of_peft_has_its_logits_gradients_and_steps() {
+    let golden = &tuning()["lora"];
+    let want: Vec<f64> = golden["logits"].as_array().unwrap().iter().flat_map(numbers).collect();
+    let ids: Vec<u32> = numbers(&golden["sequences"][0]["ids"]).iter().map(|&id| id as u32).collect();
+    let file = LoraFile::open(&folder("tuning/lora")).unwrap();
+    let weights = Weights::open(&folder("tiny")).unwrap().with_adapter(Some(file.clone())).unwrap();
+    let merged = crate::llm::cpu::CpuModel::load(&weights, crate::llm::cpu::kernels::Isa::detect()).unwrap();
+    let last = crate::llm::engine::Engine::logits(&merged, &ids).unwrap();
+    let by_blocks = |name: &str| {
+        let blocks = weights.blocks(name).unwrap();
+        let mut values = vec![0f32; blocks.rows * blocks.columns];
+        blocks.block_type.dequantize(&blocks.bytes, &mut values);
+        values
+    };
+    for name in ["model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"] {
+        assert_eq!(by_blocks(name), weights.values(name).unwrap());
+    }
+    for recompute in [false, true] {
+        let mut tuner = adapted(recompute);
+        for (x, y) in tuner.logits(&ids).iter().chain(&last).zip(want.iter().chain(&want[want.len() - 64..])) {
+            assert!((f64::from(*x) - y).abs() < 1e-4, "{x} is not {y}");
+        }
+        let base = tuner.base.tensors();
+        steps_agree(&mut tuner, golden, 1e-2);
+        assert_eq!(base, tuner.base.tensors(), "the base is not learned");
+    }
+    assert!(Weights::open(&folder("qwen2")).unwrap().with_adapter(Some(file)).is_err());
+}
+
+#[test]
+fn dropout_is_the_same_when_layers_are_computed_again() {
+    let (batch, share) = packed(&tuning()["lora"]);
+    let run = |recompute: bool, dropout: f32, seed: u64| {
+        let tuner = Tuner { dropout, ..adapted(recompute) };
+        let mut gradients = tuner.learned().no_gradients();
+        let loss = tuner.gradients(&batch, share, seed, &mut gradients);
+        (loss, tuner.learned().named(&gradients))
+    };
+    let ((a, grads_a), (b, grads_b)) = (run(false, 0.3, 7), run(true, 0.3, 7));
+    assert_eq!(a, b);
+    for (x, y) in grads_a.iter().zip(&grads_b).flat_map(|(a, b)| a.values.iter().zip(&b.values)) {
+        assert!((x - y).abs() < 1e-5, "{x} is not {y}");
+    }
+    assert_ne!(a, run(false, 0.3, 8).0);
+    assert_ne!(a, run(false, 0.0, 7).0);
 }

@@ -6,6 +6,7 @@
 use burn::tensor::backend::Backend;
 use rand::Rng;
 
+use super::peft::LoraFile;
 use super::seeds;
 use crate::error::{Error, Result};
 use crate::llm::config::LlamaConfig;
@@ -145,6 +146,20 @@ impl Adapter {
             }
         }
         Ok(Adapter { rank, alpha, pairs })
+    }
+
+    /// An adapter that was read from files, to be learned further.
+    ///
+    /// # Errors
+    /// It is of another model (exit 65).
+    pub fn of_file<B: Backend>(config: &LlamaConfig, file: &LoraFile, params: &mut Params<B>) -> Result<Self> {
+        file.check(config)?;
+        let mut pairs = vec![[None; 7]; config.layers];
+        for ((layer, target), pair) in &file.pairs {
+            let ids = pair.each_ref().map(|t| params.add(&t.name, &t.shape, t.values.clone()));
+            pairs[*layer][target.number()] = Some(ids);
+        }
+        Ok(Adapter { rank: file.rank, alpha: file.scale * file.rank as f64, pairs })
     }
 
     /// Rows of A.

@@ -8,6 +8,7 @@
 
 pub mod decoder;
 pub mod examples;
+pub mod export;
 #[cfg(test)]
 mod golden;
 pub mod lora;

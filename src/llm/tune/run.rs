@@ -232,3 +232,166 @@ impl<B: ModelBackend> Run<'_, B> {
 pub fn learned<B: ModelBackend>(tuner: &Tuner<B>) -> Vec<NamedTensor> {
     tuner.learned().tensors()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::collections::BTreeMap;
+    use std::sync::Mutex;
+
+    use burn::backend::Flex;
+    use bytes::Bytes;
+
+    use super::super::golden::whole;
+    use super::super::progress::Unwatched;
+    use super::super::{Adapter, Target};
+    use super::*;
+    use crate::recommenders::optim::Params;
+
+    #[derive(Default)]
+    struct Kept(Mutex<Option<BTreeMap<String, Bytes>>>);
+    impl Checkpoints for Kept {
+        fn load(&self) -> Result<Option<BTreeMap<String, Bytes>>> {
+            Ok(self.0.lock().unwrap().clone())
+        }
+        fn save(&self, files: BTreeMap<String, Bytes>) -> Result<()> {
+            *self.0.lock().unwrap() = Some(files);
+            Ok(())
+        }
+        fn every(&self) -> Duration {
+            Duration::ZERO
+        }
+    }
+
+    /// Stops after so many questions.
+    struct StopAfter(Cell<usize>);
+    impl Watch for StopAfter {
+        fn check(&self) -> Result<()> {
+            if self.0.get() == 0 {
+                return Err(Error::internal("stopped"));
+            }
+            self.0.set(self.0.get() - 1);
+            Ok(())
+        }
+    }
+
+    fn examples(n: usize, seed: u32) -> Vec<Example> {
+        let token = |n: usize, k: usize| 3 + ((n * 17 + k * 29 + seed as usize * 7) % 60) as u32;
+        // The response repeats the prompt: there is something to learn.
+        let prompt = |n: usize| (0..3 + n % 4).map(|k| token(n, k)).collect::<Vec<u32>>();
+        (0..n).map(|n| Example::response(&prompt(n), &prompt(n)[..2])).collect()
+    }
+
+    fn settings(steps: usize) -> Settings {
+        Settings {
+            steps,
+            batch: 3,
+            learning_rate: 3e-3,
+            warmup: 2,
+            decay: 0.01,
+            clip: Some(1.0),
+            pack_tokens: 12,
+            eval_every: 2,
+            patience: None,
+            seed: 5,
+        }
+    }
+
+    fn model(lora: bool) -> Tuner<Flex> {
+        let mut tuner = whole("tiny", false);
+        if lora {
+            let mut params = Params::new(&Default::default());
+            let targets = [Target::Query, Target::Value, Target::Down];
+            let adapter = Adapter::new(tuner.decoder.config(), (4, 8.0), &targets, 3, &mut params).unwrap();
+            tuner.adapter = Some((adapter, params));
+            tuner.dropout = 0.1;
+        }
+        tuner
+    }
+
+    fn tune(tuner: &mut Tuner<Flex>, s: &Settings, watch: &dyn Watch, kept: Option<&Kept>) -> Result<Tuned> {
+        let (train, held_out) = (examples(10, 1), examples(4, 2));
+        run(tuner, (&train, &held_out), s, watch, kept.map(|k| k as &dyn Checkpoints))
+    }
+
+    fn comparable(tuned: &Tuned) -> Vec<Point> {
+        tuned.curve.iter().map(|p| Point { seconds: 0.0, ..*p }).collect()
+    }
+
+    #[test]
+    fn a_tuning_that_is_stopped_anywhere_ends_as_one_that_was_not() {
+        for lora in [false, true] {
+            let mut straight = model(lora);
+            let curve = tune(&mut straight, &settings(7), &Unwatched, None).unwrap();
+            assert_eq!(curve.curve.len(), 8);
+            let mut asked = 1;
+            loop {
+                let kept = Kept::default();
+                if tune(&mut model(lora), &settings(7), &StopAfter(Cell::new(asked)), Some(&kept)).is_ok() {
+                    break;
+                }
+                let had = kept.0.lock().unwrap().is_some();
+                let mut resumed = model(lora);
+                let again = tune(&mut resumed, &settings(7), &Unwatched, Some(&kept)).unwrap();
+                assert_eq!(again.resumed, had);
+                assert_eq!(comparable(&again), comparable(&curve), "stopped at {asked}");
+                assert_eq!(learned(&resumed), learned(&straight), "stopped at {asked}");
+                asked += 5;
+            }
+            // Two questions for each evaluation, two or three for each step.
+            assert!(asked > 20, "it was stopped at {asked} questions at most");
+        }
+    }
+
+    #[test]
+    fn the_loss_falls_and_the_threads_do_not_matter() {
+        let with = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let mut tuner = model(true);
+                let tuned = tune(&mut tuner, &settings(40), &Unwatched, None).unwrap();
+                (comparable(&tuned), learned(&tuner))
+            })
+        };
+        let (curve, weights) = with(1);
+        assert_eq!((curve.clone(), weights), with(3));
+        let (first, last) = (curve[1].loss.unwrap(), curve[40].loss.unwrap());
+        assert!(last < first - 0.3, "{first} to {last}");
+        assert!(curve[40].held_out.unwrap() < curve[0].held_out.unwrap());
+        assert_eq!((curve[0].tokens, curve[1].rate, curve[3].rate), (0, 0.0, 3e-3));
+    }
+
+    #[test]
+    fn packing_changes_rounding_only() {
+        let curve = |pack_tokens| {
+            let settings = Settings { pack_tokens, clip: None, ..settings(3) };
+            tune(&mut model(false), &settings, &Unwatched, None).unwrap().curve
+        };
+        for (a, b) in curve(1).iter().zip(&curve(1000)) {
+            assert!((a.loss.unwrap_or(0.0) - b.loss.unwrap_or(0.0)).abs() < 1e-5);
+            assert_eq!(a.tokens, b.tokens);
+        }
+    }
+
+    #[test]
+    fn the_best_weights_are_kept_where_it_may_stop_early() {
+        // Far too large a rate: the examples held out only get worse.
+        let settings = Settings { learning_rate: 0.3, eval_every: 1, patience: Some(2), warmup: 0, ..settings(30) };
+        let mut tuner = model(false);
+        let before = learned(&tuner);
+        let tuned = tune(&mut tuner, &settings, &Unwatched, None).unwrap();
+        assert!(tuned.curve.len() < 31, "it did not stop");
+        assert_eq!(tuned.curve.len(), tuned.step + 3);
+        if tuned.step == 0 {
+            assert_eq!(learned(&tuner), before);
+        }
+    }
+
+    #[test]
+    fn without_examples_there_is_a_way_out() {
+        let mut tuner = model(false);
+        let error = run(&mut tuner, (&[], &[]), &settings(1), &Unwatched, None).unwrap_err();
+        assert_eq!(error.fault.exit_code(), 78);
+        assert!(error.help.unwrap().contains("max_tokens"));
+    }
+}
