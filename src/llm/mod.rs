@@ -16,6 +16,7 @@ pub mod ledger;
 pub mod model;
 pub mod pack;
 pub mod quant;
+pub mod remote;
 pub mod safetensors;
 pub mod scoring;
 pub mod serve;
