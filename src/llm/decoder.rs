@@ -1,34 +1,60 @@
 //! What the engine asks of a model, whatever it runs on.
+//!
+//! In: a [`Pack`] of tokens, and [`Decoder::Segment`]s: keys and values of tokens that were computed before. Out: what is
+//! wanted of the pack's read positions, and segments of the runs that are kept. A segment never changes after
+//! it was made, so any number of prompts can continue it at the same time without a copy.
 
 use super::config::LlamaConfig;
 use super::pack::Pack;
 use crate::error::Result;
 
+/// What is wanted of a position. The head is multiplied by what this needs, and by no more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// The logits of the whole vocabulary, `[vocab]`.
+    Vocabulary,
+    /// The logits of these ids, `[ids]`, which costs their rows of the head only.
+    Logits(Vec<u32>),
+    /// The log-probabilities of these ids, `[ids]`, natural logarithms over the whole vocabulary.
+    LogProbs(Vec<u32>),
+    /// The hidden state after the last norm, `[hidden]`, without the head.
+    Hidden,
+}
+
 /// A decoder with its weights on a device.
 pub trait Decoder: Send + Sync {
-    /// Keys and values of the tokens of one sequence, per layer.
-    type Cache: Send;
+    /// Keys and values of consecutive tokens of a sequence, in all layers.
+    type Segment: Send + Sync;
 
     /// The shape of the model.
     fn config(&self) -> &LlamaConfig;
 
-    /// Tokens that are best given at once (a pack may have more where a sequence cannot be cut).
+    /// Tokens that are best given at once, where the options do not say.
     fn batch_tokens(&self) -> usize;
 
-    /// A cache without tokens.
-    fn empty(&self) -> Self::Cache;
+    /// Bytes that the weights take.
+    fn weight_bytes(&self) -> usize;
 
-    /// Forgets the tokens from `len` on.
-    fn truncate(&self, cache: &mut Self::Cache, len: usize);
+    /// Bytes that keys and values of one token take, in all layers.
+    fn token_bytes(&self) -> usize;
 
-    /// Runs the tokens of `pack`, all of which continue the tokens of `cache`, and calls `each`
-    /// with every wanted position (its index in [`Pack::read`]) and its logits, `[vocab]`.
-    /// With `keep`, which is for packs of a single run, the tokens are added to the cache.
+    /// Bytes that one pass over `tokens` tokens takes at most besides weights and segments, where no token sees more than
+    /// `seen` tokens and `read` positions are read.
+    fn pass_bytes(&self, tokens: usize, seen: usize, read: usize) -> usize;
+
+    /// Copies the tokens `from .. from + len` of a segment.
+    fn slice(&self, segment: &Self::Segment, from: usize, len: usize) -> Self::Segment;
+
+    /// Runs the tokens of `pack`, whose runs continue the segments `past` as each says, and calls `each` with
+    /// every read position (its index in [`Pack::read`]) and what is wanted of it. Gives back the segments of the runs of
+    /// which something is kept, in the order of the runs.
+    ///
+    /// What a position gives depends on the tokens before it only: not on the rest of the pack, and not on how the
+    /// tokens before it are divided into segments and runs.
     fn forward(
         &self,
-        cache: &mut Self::Cache,
         pack: &Pack,
-        keep: bool,
+        past: &[&Self::Segment],
         each: &mut dyn FnMut(usize, &[f32]),
-    ) -> Result<()>;
+    ) -> Result<Vec<Self::Segment>>;
 }

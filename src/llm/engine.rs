@@ -1,16 +1,20 @@
-//! Many prompts through one decoder: checks, order, batches, the shared prefix, progress.
+//! The modes of asking a model, all on one scheduler: checks, jobs, what becomes of the numbers.
 //!
-//! In: token sequences with the positions that are read. Out: the logits of those positions,
-//! one row at a time, so that no batch of vocabulary-wide rows is ever held.
-//!
-//! Sequences are sorted, so that neighbours share prefixes. What all of them begin with is computed
-//! once per call and kept in the cache; what the sequences of a batch share beyond that is computed
-//! once per batch ([`Pack::merge`]).
+//! In: prompts as token ids. Out: log-probabilities, orders, ratings, texts. Every mode is a set of jobs for the
+//! [`Scheduler`] with a [`Plan`] for what is read; the head is multiplied by what is read only. Known beginnings
+//! of prompts are kept from call to call, whatever the mode. Calls wait for each other, so that the memory's
+//! bound holds for all of them together.
+
+use std::sync::{Mutex, PoisonError};
 
 use super::config::LlamaConfig;
-use super::decoder::Decoder;
-use super::pack::{Pack, Sequence, common_prefix};
-use super::scoring::{argmax, log_probabilities};
+use super::decoder::{Decoder, Wanted};
+use super::options::{LlmOptions, Memory};
+use super::radix::Radix;
+use super::ranking::{RankRequest, Ranked, Ranking, Writer};
+use super::rating::{Rating, RatingScale};
+use super::scheduler::{Job, Limits, More, Plan, Scheduler};
+use super::scoring::{among, argmax};
 use crate::error::{Error, Result};
 
 /// A prompt and texts that may follow it.
@@ -25,12 +29,21 @@ pub struct ScoreRequest {
 /// Called with the number of prompts that were finished since the last call; an error stops the work.
 pub type Progress<'a> = &'a mut dyn FnMut(usize) -> Result<()>;
 
-/// The engine's face, the same for every device.
+/// The engine's face, the same for every device. What the modes do is told at [`super::Llm`].
 pub trait Engine: Send + Sync {
     /// The shape of the model.
     fn config(&self) -> &LlamaConfig;
+    /// Bytes that it takes at most.
+    fn memory(&self) -> Memory;
     /// See [`super::Llm::label_logprobs`].
     fn label_logprobs(
+        &self,
+        prompts: &[Vec<u32>],
+        labels: &[Vec<u32>],
+        progress: Progress<'_>,
+    ) -> Result<Vec<Vec<f32>>>;
+    /// See [`super::Llm::label_logprobs_among`].
+    fn label_logprobs_among(
         &self,
         prompts: &[Vec<u32>],
         labels: &[Vec<u32>],
@@ -40,24 +53,96 @@ pub trait Engine: Send + Sync {
     fn next_tokens(&self, prompts: &[Vec<u32>], progress: Progress<'_>) -> Result<Vec<u32>>;
     /// See [`super::Llm::continuation_logprobs`].
     fn continuation_logprobs(&self, requests: &[ScoreRequest], progress: Progress<'_>) -> Result<Vec<Vec<Vec<f32>>>>;
+    /// See [`super::Llm::rank_by_generation`].
+    fn rank_by_generation(&self, requests: &[RankRequest], progress: Progress<'_>) -> Result<Vec<Ranked>>;
+    /// See [`super::Llm::rate`].
+    fn rate(&self, prompts: &[Vec<u32>], scale: &RatingScale, progress: Progress<'_>) -> Result<Vec<Rating>>;
+    /// See [`super::Llm::hidden_means`].
+    fn hidden_means(&self, texts: &[Vec<u32>], progress: Progress<'_>) -> Result<Vec<Vec<f32>>>;
     /// See [`super::Llm::logits`].
     fn logits(&self, ids: &[u32]) -> Result<Vec<f32>>;
     /// See [`super::Llm::generate`].
     fn generate(&self, prompt: &[u32], max_new: usize, stop: &[u32]) -> Result<Vec<u32>>;
 }
 
-/// A shared prefix shorter than this is not worth a pass of its own.
-const SHORT_PREFIX: usize = 16;
-
-/// One sequence of a call.
-struct Job {
-    ids: Vec<u32>,
-    read_from: usize,
+/// A decoder with what it knows of earlier prompts.
+pub struct Local<D: Decoder> {
+    decoder: D,
+    options: LlmOptions,
+    limits: Limits,
+    /// Locked for a whole call.
+    tree: Mutex<Radix<D::Segment>>,
 }
 
-impl<D: Decoder> Engine for D {
+impl<D: Decoder> Local<D> {
+    /// An engine over a decoder.
+    pub fn new(decoder: D, options: LlmOptions) -> Self {
+        let batch = options.batch_tokens.unwrap_or(decoder.batch_tokens()).max(1);
+        let limits = Limits { batch, held: options.kv_bytes / decoder.token_bytes().max(1) };
+        let tree = Mutex::new(Radix::new(decoder.token_bytes(), options.kv_bytes));
+        Local { decoder, options, limits, tree }
+    }
+
+    fn run(&self, jobs: Vec<Job>, plan: &mut dyn Plan) -> Result<()> {
+        // After a panic the tree is whole: it is changed between batches only.
+        let mut tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
+        Scheduler::new(&self.decoder, &mut tree, self.limits, jobs).run(plan)
+    }
+
+    /// Jobs that read the last position of prompts.
+    fn prompt_jobs(&self, prompts: &[Vec<u32>], wanted: &dyn Fn(usize) -> Wanted) -> Result<Vec<Job>> {
+        let job = |(i, prompt): (usize, &Vec<u32>)| {
+            check_tokens(Decoder::config(&self.decoder), "prompt", prompt, 0)?;
+            Ok(Job { ids: prompt.clone(), reads: vec![(prompt.len() - 1, wanted(i))], more: 0 })
+        };
+        prompts.iter().enumerate().map(job).collect()
+    }
+
+    fn labels(
+        &self,
+        prompts: &[Vec<u32>],
+        labels: &[Vec<u32>],
+        wanted: fn(Vec<u32>) -> Wanted,
+        progress: Progress<'_>,
+    ) -> Result<Vec<Vec<f32>>> {
+        if prompts.len() != labels.len() {
+            let (n, m) = (prompts.len(), labels.len());
+            return Err(Error::internal(format!("{n} prompts came with {m} lists of labels")));
+        }
+        labels.iter().try_for_each(|l| check_ids(Decoder::config(&self.decoder), "labels", l))?;
+        let jobs = self.prompt_jobs(prompts, &|i| wanted(labels[i].clone()))?;
+        let mut out = vec![Vec::new(); prompts.len()];
+        self.run(
+            jobs,
+            &mut Once { read: &mut |job, _, values| out[job] = values.to_vec(), done: &mut |_| progress(1) },
+        )?;
+        Ok(out)
+    }
+}
+
+/// A plan for jobs that are read once.
+struct Once<'a> {
+    read: &'a mut dyn FnMut(usize, usize, &[f32]),
+    done: &'a mut dyn FnMut(usize) -> Result<()>,
+}
+
+impl Plan for Once<'_> {
+    fn read(&mut self, job: usize, read: usize, values: &[f32]) {
+        (self.read)(job, read, values);
+    }
+
+    fn done(&mut self, job: usize) -> Result<()> {
+        (self.done)(job)
+    }
+}
+
+impl<D: Decoder> Engine for Local<D> {
     fn config(&self) -> &LlamaConfig {
-        Decoder::config(self)
+        self.decoder.config()
+    }
+
+    fn memory(&self) -> Memory {
+        Memory::bound(&self.decoder, &self.options)
     }
 
     fn label_logprobs(
@@ -66,32 +151,31 @@ impl<D: Decoder> Engine for D {
         labels: &[Vec<u32>],
         progress: Progress<'_>,
     ) -> Result<Vec<Vec<f32>>> {
-        if prompts.len() != labels.len() {
-            return Err(Error::internal(format!(
-                "{} prompts came with {} lists of labels",
-                prompts.len(),
-                labels.len()
-            )));
-        }
-        let jobs = prompt_jobs(Decoder::config(self), prompts)?;
-        for labels in labels {
-            check_ids(Decoder::config(self), "labels", labels)?;
-        }
-        let mut out = vec![Vec::new(); prompts.len()];
-        let mut read = |job: usize, _: usize, logits: &[f32]| out[job] = log_probabilities(logits, &labels[job]);
-        run(self, &jobs, &mut read, &mut |jobs| progress(jobs.len()))?;
-        Ok(out)
+        self.labels(prompts, labels, Wanted::LogProbs, progress)
+    }
+
+    fn label_logprobs_among(
+        &self,
+        prompts: &[Vec<u32>],
+        labels: &[Vec<u32>],
+        progress: Progress<'_>,
+    ) -> Result<Vec<Vec<f32>>> {
+        let logits = self.labels(prompts, labels, Wanted::Logits, progress)?;
+        Ok(logits.iter().map(|l| among(l)).collect())
     }
 
     fn next_tokens(&self, prompts: &[Vec<u32>], progress: Progress<'_>) -> Result<Vec<u32>> {
-        let jobs = prompt_jobs(Decoder::config(self), prompts)?;
+        let jobs = self.prompt_jobs(prompts, &|_| Wanted::Vocabulary)?;
         let mut out = vec![0; prompts.len()];
-        run(self, &jobs, &mut |job, _, logits| out[job] = argmax(logits), &mut |jobs| progress(jobs.len()))?;
+        self.run(
+            jobs,
+            &mut Once { read: &mut |job, _, logits| out[job] = argmax(logits), done: &mut |_| progress(1) },
+        )?;
         Ok(out)
     }
 
     fn continuation_logprobs(&self, requests: &[ScoreRequest], progress: Progress<'_>) -> Result<Vec<Vec<Vec<f32>>>> {
-        let config = Decoder::config(self);
+        let config = self.decoder.config();
         let mut jobs = Vec::new();
         // Which request and continuation a job is.
         let mut places = Vec::new();
@@ -101,148 +185,130 @@ impl<D: Decoder> Engine for D {
                 check_tokens(config, "continuation", continuation, request.prompt.len())?;
                 check_tokens(config, "prompt", &request.prompt, continuation.len())?;
                 let mut ids = request.prompt.clone();
-                // Nothing follows the last token, so it need not be read.
+                // Nothing follows the last token, so it need not be computed.
                 ids.extend_from_slice(&continuation[..continuation.len() - 1]);
-                jobs.push(Job { ids, read_from: request.prompt.len() - 1 });
+                let first = request.prompt.len() - 1;
+                let read = |(k, id): (usize, &u32)| (first + k, Wanted::LogProbs(vec![*id]));
+                jobs.push(Job { ids, reads: continuation.iter().enumerate().map(read).collect(), more: 0 });
                 places.push((r, c));
             }
         }
         let mut out: Vec<Vec<Vec<f32>>> =
             requests.iter().map(|r| r.continuations.iter().map(|c| vec![0.0; c.len()]).collect()).collect();
-        let mut read = |job: usize, k: usize, logits: &[f32]| {
+        let mut read = |job: usize, k: usize, logprobs: &[f32]| {
             let (r, c) = places[job];
-            out[r][c][k] = log_probabilities(logits, &requests[r].continuations[c][k..=k])[0];
+            out[r][c][k] = logprobs[0];
         };
-        let mut done = |jobs: &[usize]| {
-            let mut finished = 0;
-            for job in jobs {
-                let (r, _) = places[*job];
-                left[r] -= 1;
-                finished += usize::from(left[r] == 0);
-            }
-            progress(finished)
+        let mut done = |job: usize| {
+            let (r, _) = places[job];
+            left[r] -= 1;
+            if left[r] == 0 { progress(1) } else { Ok(()) }
         };
-        run(self, &jobs, &mut read, &mut done)?;
+        self.run(jobs, &mut Once { read: &mut read, done: &mut done })?;
         Ok(out)
     }
 
+    fn rank_by_generation(&self, requests: &[RankRequest], progress: Progress<'_>) -> Result<Vec<Ranked>> {
+        let config = self.decoder.config();
+        let mut out = vec![Ranked::default(); requests.len()];
+        let (mut jobs, mut writers, mut places) = (Vec::new(), Vec::new(), Vec::new());
+        for (r, request) in requests.iter().enumerate() {
+            let written = request.written();
+            check_tokens(config, "prompt", &request.prompt, written)?;
+            request.candidates.iter().try_for_each(|c| check_ids(config, "candidates", c))?;
+            request.leads.iter().try_for_each(|l| check_ids(config, "leads", l))?;
+            let mut writer = Writer::new(request);
+            match writer.to_next_choice() {
+                // Nothing to choose: the order is known.
+                None => {
+                    out[r] = writer.finish();
+                    progress(1)?;
+                }
+                Some((forced, allowed)) => {
+                    let mut ids = request.prompt.clone();
+                    ids.extend(forced);
+                    let reads = vec![(ids.len() - 1, Wanted::Logits(allowed))];
+                    jobs.push(Job { ids, reads, more: written.max(1) });
+                    writers.push(writer);
+                    places.push(r);
+                }
+            }
+        }
+        let mut ranking = Ranking { chosen: vec![None; writers.len()], writers, progress };
+        self.run(jobs, &mut ranking)?;
+        for (place, writer) in places.into_iter().zip(ranking.writers) {
+            out[place] = writer.finish();
+        }
+        Ok(out)
+    }
+
+    fn rate(&self, prompts: &[Vec<u32>], scale: &RatingScale, progress: Progress<'_>) -> Result<Vec<Rating>> {
+        if let Some(labels) = scale.single_tokens() {
+            let labels = vec![labels; prompts.len()];
+            let logits = self.labels(prompts, &labels, Wanted::Logits, progress)?;
+            return Ok(logits.iter().map(|l| scale.rating(&l.iter().map(|x| vec![*x]).collect::<Vec<_>>())).collect());
+        }
+        let request = |p: &Vec<u32>| ScoreRequest { prompt: p.clone(), continuations: scale.tokens().to_vec() };
+        let requests: Vec<ScoreRequest> = prompts.iter().map(request).collect();
+        let logprobs = self.continuation_logprobs(&requests, progress)?;
+        Ok(logprobs.iter().map(|l| scale.rating(l)).collect())
+    }
+
+    fn hidden_means(&self, texts: &[Vec<u32>], progress: Progress<'_>) -> Result<Vec<Vec<f32>>> {
+        let config = self.decoder.config();
+        texts.iter().try_for_each(|t| check_tokens(config, "text", t, 0))?;
+        let job = |text: &Vec<u32>| {
+            let reads = (0..text.len()).map(|position| (position, Wanted::Hidden)).collect();
+            Job { ids: text.clone(), reads, more: 0 }
+        };
+        let mut sums = vec![vec![0f64; config.hidden]; texts.len()];
+        let mut read = |job: usize, _: usize, hidden: &[f32]| {
+            sums[job].iter_mut().zip(hidden).for_each(|(s, h)| *s += f64::from(*h));
+        };
+        self.run(texts.iter().map(job).collect(), &mut Once { read: &mut read, done: &mut |_| progress(1) })?;
+        let mean = |(sum, text): (Vec<f64>, &Vec<u32>)| sum.iter().map(|s| (s / text.len() as f64) as f32).collect();
+        Ok(sums.into_iter().zip(texts).map(mean).collect())
+    }
+
     fn logits(&self, ids: &[u32]) -> Result<Vec<f32>> {
-        check_tokens(Decoder::config(self), "prompt", ids, 0)?;
-        let jobs = [Job { ids: ids.to_vec(), read_from: ids.len() - 1 }];
+        let jobs = self.prompt_jobs(&[ids.to_vec()], &|_| Wanted::Vocabulary)?;
         let mut out = Vec::new();
-        run(self, &jobs, &mut |_, _, logits| out = logits.to_vec(), &mut |_| Ok(()))?;
+        self.run(jobs, &mut Once { read: &mut |_, _, logits| out = logits.to_vec(), done: &mut |_| Ok(()) })?;
         Ok(out)
     }
 
     fn generate(&self, prompt: &[u32], max_new: usize, stop: &[u32]) -> Result<Vec<u32>> {
-        check_tokens(Decoder::config(self), "prompt", prompt, max_new)?;
-        let mut cache = self.empty();
-        let mut out = Vec::new();
-        let mut fresh = prompt.to_vec();
-        while out.len() < max_new {
-            let mut next = 0;
-            chunks(self, &mut cache, &fresh, fresh.len() - 1, &mut |_, logits| next = argmax(logits))?;
-            out.push(next);
-            if stop.contains(&next) {
-                break;
-            }
-            fresh = vec![next];
+        check_tokens(self.decoder.config(), "prompt", prompt, max_new)?;
+        if max_new == 0 {
+            return Ok(Vec::new());
         }
-        Ok(out)
+        let reads = vec![(prompt.len() - 1, Wanted::Vocabulary)];
+        let mut text = Text { ids: Vec::new(), max_new, stop };
+        self.run(vec![Job { ids: prompt.to_vec(), reads, more: max_new }], &mut text)?;
+        Ok(text.ids)
     }
 }
 
-/// Prompts whose last position is read.
-fn prompt_jobs(config: &LlamaConfig, prompts: &[Vec<u32>]) -> Result<Vec<Job>> {
-    let job = |prompt: &Vec<u32>| {
-        check_tokens(config, "prompt", prompt, 0)?;
-        Ok(Job { ids: prompt.clone(), read_from: prompt.len() - 1 })
-    };
-    prompts.iter().map(job).collect()
+/// A greedy text.
+struct Text<'a> {
+    ids: Vec<u32>,
+    max_new: usize,
+    stop: &'a [u32],
 }
 
-/// Appends `ids` to the cache, as many at once as the decoder likes, and calls `each` with every
-/// position from `read_from` on (counted from there) and its logits.
-fn chunks<D: Decoder>(
-    decoder: &D,
-    cache: &mut D::Cache,
-    ids: &[u32],
-    read_from: usize,
-    each: &mut dyn FnMut(usize, &[f32]),
-) -> Result<()> {
-    let size = decoder.batch_tokens();
-    for (i, chunk) in ids.chunks(size).enumerate() {
-        let start = i * size;
-        let first = read_from.saturating_sub(start).min(chunk.len());
-        let pack = Pack::chain(chunk, first);
-        decoder.forward(cache, &pack, true, &mut |r, logits| each(start + first + r - read_from, logits))?;
-    }
-    Ok(())
-}
-
-/// Runs all jobs. `read` gets a job, the index of a position from its `read_from` on, and the
-/// position's logits; `done` gets the jobs that a batch has finished.
-fn run<D: Decoder>(
-    decoder: &D,
-    jobs: &[Job],
-    read: &mut dyn FnMut(usize, usize, &[f32]),
-    done: &mut dyn FnMut(&[usize]) -> Result<()>,
-) -> Result<()> {
-    let mut order: Vec<usize> = (0..jobs.len()).collect();
-    order.sort_by(|a, b| jobs[*a].ids.cmp(&jobs[*b].ids));
-    let (Some(first), Some(last)) = (order.first(), order.last()) else { return Ok(()) };
-
-    let mut cache = decoder.empty();
-    let mut root = common_prefix(&jobs[*first].ids, &jobs[*last].ids);
-    // A cached position's logits are gone.
-    root = jobs.iter().map(|j| j.read_from).fold(root, usize::min);
-    let fresh: usize = jobs.iter().map(|j| j.ids.len() - root).sum();
-    if root < SHORT_PREFIX || fresh <= decoder.batch_tokens() {
-        root = 0;
-    } else {
-        chunks(decoder, &mut cache, &jobs[*first].ids[..root], root, &mut |_, _| ())?;
+impl Plan for Text<'_> {
+    fn read(&mut self, _: usize, _: usize, logits: &[f32]) {
+        self.ids.push(argmax(logits));
     }
 
-    let mut from = 0;
-    while from < order.len() {
-        let to = batch_end(decoder, jobs, &order, from, root);
-        let batch = &order[from..to];
-        let longest = jobs[batch[0]].ids.len() - root;
-        if batch.len() == 1 && longest > decoder.batch_tokens() {
-            let job = &jobs[batch[0]];
-            chunks(decoder, &mut cache, &job.ids[root..], job.read_from - root, &mut |k, logits| {
-                read(batch[0], k, logits);
-            })?;
-            decoder.truncate(&mut cache, root);
-        } else {
-            let sequences: Vec<Sequence<'_>> = batch
-                .iter()
-                .map(|j| Sequence { ids: &jobs[*j].ids[root..], read_from: jobs[*j].read_from - root })
-                .collect();
-            let pack = Pack::merge(&sequences);
-            let places: Vec<(usize, usize)> =
-                batch.iter().flat_map(|j| (0..jobs[*j].ids.len() - jobs[*j].read_from).map(move |k| (*j, k))).collect();
-            decoder.forward(&mut cache, &pack, false, &mut |r, logits| read(places[r].0, places[r].1, logits))?;
-        }
-        done(batch)?;
-        from = to;
+    fn next(&mut self, _: usize) -> Option<More> {
+        let last = self.ids.last().copied().filter(|id| self.ids.len() < self.max_new && !self.stop.contains(id))?;
+        Some(More { ids: vec![last], wanted: Wanted::Vocabulary })
     }
-    Ok(())
-}
 
-/// Where the batch that begins at `from` ends: the tokens that it adds fit the decoder's batch.
-fn batch_end<D: Decoder>(decoder: &D, jobs: &[Job], order: &[usize], from: usize, root: usize) -> usize {
-    let mut tokens = 0;
-    let mut before: &[u32] = &jobs[order[from]].ids[..root];
-    for (i, job) in order.iter().enumerate().skip(from) {
-        let ids = &jobs[*job].ids;
-        tokens += ids.len() - common_prefix(before, ids);
-        if tokens > decoder.batch_tokens() && i > from {
-            return i;
-        }
-        before = ids;
+    fn done(&mut self, _: usize) -> Result<()> {
+        Ok(())
     }
-    order.len()
 }
 
 /// A sequence has at least one token, each of the vocabulary, and fits the context with `more` beside it.
@@ -273,92 +339,4 @@ fn check_ids(config: &LlamaConfig, what: &str, ids: &[u32]) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::*;
-    use crate::llm::cpu::kernels::Isa;
-    use crate::llm::cpu::{Cache, CpuModel};
-    use crate::llm::weights::Weights;
-
-    /// The tiny model with batches of a few tokens.
-    struct Small {
-        model: CpuModel,
-        batch: usize,
-    }
-
-    impl Decoder for Small {
-        type Cache = Cache;
-
-        fn config(&self) -> &LlamaConfig {
-            Decoder::config(&self.model)
-        }
-        fn batch_tokens(&self) -> usize {
-            self.batch
-        }
-        fn empty(&self) -> Cache {
-            self.model.empty()
-        }
-        fn truncate(&self, cache: &mut Cache, len: usize) {
-            self.model.truncate(cache, len);
-        }
-        fn forward(
-            &self,
-            cache: &mut Cache,
-            pack: &Pack,
-            keep: bool,
-            each: &mut dyn FnMut(usize, &[f32]),
-        ) -> Result<()> {
-            self.model.forward(cache, pack, keep, each)
-        }
-    }
-
-    fn tiny(batch: usize) -> Small {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llm/tiny");
-        let model = CpuModel::load(&Weights::open(&path).unwrap(), Isa::detect()).unwrap();
-        Small { model, batch }
-    }
-
-    /// Every way to cut the work (prefix in the cache, batches, a sequence longer than a batch) gives the same bits.
-    #[test]
-    fn the_size_of_a_batch_does_not_change_results() {
-        let common: Vec<u32> = (0..40).map(|i| (i * 11 + 5) % 64).collect();
-        let request = |i: u32| {
-            let mut prompt = common[..40 - (i as usize % 3)].to_vec();
-            prompt.extend((0..i * 7 % 30).map(|t| (t * i + 1) % 64));
-            ScoreRequest { prompt, continuations: vec![vec![i, 2, 3, 4], vec![i], vec![9; 20]] }
-        };
-        let requests: Vec<ScoreRequest> = (0..9).map(request).collect();
-        let prompts: Vec<Vec<u32>> = requests.iter().map(|r| r.prompt.clone()).collect();
-        let labels = vec![vec![7, 8]; prompts.len()];
-        let all = |engine: &Small| {
-            let scores = engine.continuation_logprobs(&requests, &mut |_| Ok(())).unwrap();
-            let mut finished = 0;
-            let mut progress = |n: usize| {
-                finished += n;
-                Ok(())
-            };
-            let labels = engine.label_logprobs(&prompts, &labels, &mut progress).unwrap();
-            assert_eq!(finished, prompts.len());
-            (
-                scores,
-                labels,
-                engine.generate(&prompts[1], 9, &[]).unwrap(),
-                engine.next_tokens(&prompts, &mut |_| Ok(())).unwrap(),
-            )
-        };
-        let want = all(&tiny(4096));
-        for batch in [1, 7, 50, 100] {
-            assert_eq!(all(&tiny(batch)), want, "batches of {batch}");
-        }
-    }
-
-    #[test]
-    fn no_prompts_are_no_work() {
-        let engine = tiny(100);
-        assert!(engine.label_logprobs(&[], &[], &mut |_| Ok(())).unwrap().is_empty());
-        let request = ScoreRequest { prompt: vec![1], continuations: vec![] };
-        assert_eq!(engine.continuation_logprobs(&[request], &mut |_| Ok(())).unwrap(), [Vec::<Vec<f32>>::new()]);
-        assert!(engine.generate(&[1], 0, &[]).unwrap().is_empty());
-    }
-}
+mod tests;

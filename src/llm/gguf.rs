@@ -177,13 +177,21 @@ impl Gguf {
         names
     }
 
+    /// The table entry of a tensor and its bytes in the file.
+    ///
+    /// # Errors
+    /// Exit 65 where there is no such tensor.
+    pub fn bytes(&self, name: &str) -> Result<(&TensorInfo, &[u8])> {
+        let info = self.tensor(name).ok_or_else(|| self.fault(format!("there is no tensor `{name}`")))?;
+        Ok((info, &self.map[info.offset..info.offset + info.bytes]))
+    }
+
     /// The values of a tensor as f32, rows one after the other in the file's order.
     ///
     /// # Errors
     /// Exit 65 where there is no such tensor, or a value is not finite.
     pub fn dequantize(&self, name: &str) -> Result<Vec<f32>> {
-        let info = self.tensor(name).ok_or_else(|| self.fault(format!("there is no tensor `{name}`")))?;
-        let bytes = &self.map[info.offset..info.offset + info.bytes];
+        let (info, bytes) = self.bytes(name)?;
         let mut out = vec![0f32; info.dims.iter().product()];
         info.block_type.dequantize(bytes, &mut out);
         if let Some(i) = super::quant::first_not_finite(&out) {

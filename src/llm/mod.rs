@@ -1,11 +1,13 @@
-//! A Llama-architecture language model: formats, tokenizer, decoder, engine, scoring.
+//! A language model of the Llama family: formats, tokenizer, decoder, engine, scoring.
 //!
-//! In: a GGUF file or a Hugging Face folder, and prompts. Out: log-probabilities and text.
+//! In: a GGUF file or a Hugging Face folder, and prompts. Out: log-probabilities, orders, ratings and text.
 //!
 //! [`ChatTokenizer`] turns conversations into ids without loading weights; [`Llm`] holds the
 //! weights on a device. Inside, [`weights`] reads either format, a [`decoder::Decoder`] does the
-//! arithmetic (`cpu`, or `model` on any Burn back end), and [`engine`] schedules prompts over it.
+//! arithmetic (`cpu`, or `model` on any Burn back end), and [`engine`] has the modes of asking, all on one [`scheduler`].
 
+pub mod architectures;
+pub mod blocks;
 pub mod chat;
 pub mod config;
 pub mod cpu;
@@ -14,13 +16,20 @@ pub mod engine;
 pub mod gguf;
 pub mod ledger;
 pub mod model;
+pub mod options;
 pub mod pack;
 pub mod quant;
+pub mod radix;
+pub mod ranking;
+pub mod rating;
 pub mod remote;
+pub mod rope;
 pub mod safetensors;
+pub mod scheduler;
 pub mod scoring;
 pub mod serve;
 pub mod tokenizer;
+pub mod trie;
 pub mod weights;
 
 use std::path::Path;
@@ -28,12 +37,15 @@ use std::path::Path;
 pub use self::chat::{ChatTokenizer, Message};
 pub use self::config::LlamaConfig;
 pub use self::engine::ScoreRequest;
+pub use self::options::{Half, LlmOptions, Memory};
+pub use self::ranking::{ListFormat, RankRequest, Ranked};
+pub use self::rating::{Rating, RatingScale};
 pub use self::serve::serve;
 
 use self::cpu::CpuModel;
 use self::cpu::kernels::Isa;
-use self::engine::Engine;
-use self::model::BurnModel;
+use self::engine::{Engine, Local};
+use self::model::{BurnModel, Placement};
 use self::weights::Weights;
 use crate::device::{Device, DeviceChoice, ModelBackend, OnBackend};
 use crate::error::{Error, Result};
@@ -46,18 +58,18 @@ pub struct Llm {
 }
 
 /// Loads weights onto a back end that was chosen at run time.
-struct LoadOn<'a>(&'a Weights);
+struct LoadOn<'a>(&'a Weights, LlmOptions, Placement);
 
 impl OnBackend for LoadOn<'_> {
     type Output = Result<Box<dyn Engine>>;
 
     fn on<B: ModelBackend>(self, device: &B::Device) -> Self::Output {
-        Ok(Box::new(BurnModel::<B>::load(self.0, device)?))
+        Ok(Box::new(Local::new(BurnModel::<B>::load(self.0, device, self.2)?, self.1)))
     }
 }
 
 impl Llm {
-    /// Loads a GGUF file or a Hugging Face folder.
+    /// Loads a GGUF file or a Hugging Face folder, with the default options.
     ///
     /// A folder without `tokenizer.json` opens too: it can score token ids, and [`Llm::chat`]
     /// refuses conversations.
@@ -66,25 +78,47 @@ impl Llm {
     /// Exit 65 where a file is missing, damaged or of an unsupported kind, or the parts do not fit
     /// each other; 75 or 78 where the device is not to be had.
     pub fn open(path: &Path, device: DeviceChoice) -> Result<Self> {
+        Self::open_with(path, device, LlmOptions::default())
+    }
+
+    /// As [`Llm::open`], with options.
+    ///
+    /// # Errors
+    /// As [`Llm::open`].
+    pub fn open_with(path: &Path, device: DeviceChoice, options: LlmOptions) -> Result<Self> {
         let opened = device.open()?;
         let chat = ChatTokenizer::open_weights_only(path)?;
         let weights = Weights::open(path)?;
         let engine: Box<dyn Engine> = if matches!(opened.device, Device::Cpu) {
             // Our own arrangement of the same arithmetic; see `cpu/mod.rs`.
-            Box::new(CpuModel::load(&weights, Isa::detect())?)
+            Box::new(Local::new(CpuModel::load(&weights, Isa::detect())?, options))
         } else {
-            opened.device.run(LoadOn(&weights))?
+            let placement = Placement { half: options.half != Half::Never, gpu: true };
+            opened.device.run(LoadOn(&weights, options, placement))?
         };
         Ok(Llm { chat, engine, device: opened.why })
     }
 
-    /// Loads a model on any Burn back end.
+    /// Loads a model on any Burn back end, in f32.
     ///
     /// # Errors
     /// As [`Llm::open`].
     pub fn open_on<B: burn::tensor::backend::Backend>(path: &Path, device: &B::Device) -> Result<Self> {
+        Self::open_on_with::<B>(path, device, LlmOptions::default())
+    }
+
+    /// As [`Llm::open_on`], with options.
+    ///
+    /// # Errors
+    /// As [`Llm::open`].
+    pub fn open_on_with<B: burn::tensor::backend::Backend>(
+        path: &Path,
+        device: &B::Device,
+        options: LlmOptions,
+    ) -> Result<Self> {
         let chat = ChatTokenizer::open_weights_only(path)?;
-        let engine = Box::new(BurnModel::<B>::load(&Weights::open(path)?, device)?);
+        let placement = Placement { half: options.half == Half::Always, gpu: false };
+        let engine = Box::new(Local::new(BurnModel::<B>::load(&Weights::open(path)?, device, placement)?, options));
         Ok(Llm { chat, engine, device: format!("device: {device:?}") })
     }
 
@@ -93,11 +127,19 @@ impl Llm {
     /// # Errors
     /// As [`Llm::open`]; our bug (exit 70) where this machine lacks the instructions.
     pub fn open_cpu(path: &Path, isa: Isa) -> Result<Self> {
+        Self::open_cpu_with(path, isa, LlmOptions::default())
+    }
+
+    /// As [`Llm::open_cpu`], with options.
+    ///
+    /// # Errors
+    /// As [`Llm::open_cpu`].
+    pub fn open_cpu_with(path: &Path, isa: Isa, options: LlmOptions) -> Result<Self> {
         if !Isa::available().contains(&isa) {
             return Err(Error::internal(format!("this machine has no {isa:?} instructions")));
         }
         let chat = ChatTokenizer::open_weights_only(path)?;
-        let engine = Box::new(CpuModel::load(&Weights::open(path)?, isa)?);
+        let engine = Box::new(Local::new(CpuModel::load(&Weights::open(path)?, isa)?, options));
         Ok(Llm { chat, engine, device: format!("device: cpu ({isa:?})") })
     }
 
@@ -116,6 +158,12 @@ impl Llm {
         self.engine.config()
     }
 
+    /// Bytes that the model takes at most, for any number of prompts of any length up to the context: the result's own
+    /// size aside, a call takes no more than this.
+    pub fn memory(&self) -> Memory {
+        self.engine.memory()
+    }
+
     /// Log-probabilities of one-token labels after prompts: `prompts` `[n]` of token ids, `labels`
     /// `[n]` of label ids; returns `[n]` of one number per label, natural logarithms over the whole vocabulary.
     ///
@@ -131,6 +179,20 @@ impl Llm {
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<Vec<f32>>> {
         self.engine.label_logprobs(prompts, labels, progress)
+    }
+
+    /// As [`Llm::label_logprobs`], over each prompt's labels in place of the whole vocabulary: the probabilities of its labels
+    /// sum to 1, the order of the labels is the same, and the head costs their rows only.
+    ///
+    /// # Errors
+    /// As [`Llm::label_logprobs`].
+    pub fn label_logprobs_among(
+        &self,
+        prompts: &[Vec<u32>],
+        labels: &[Vec<u32>],
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<Vec<f32>>> {
+        self.engine.label_logprobs_among(prompts, labels, progress)
     }
 
     /// The likeliest token after each prompt, `[n]`; the smallest id of equal ones.
@@ -154,6 +216,50 @@ impl Llm {
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<Vec<Vec<f32>>>> {
         self.engine.continuation_logprobs(requests, progress)
+    }
+
+    /// The lists that the model writes greedily after prompts, `[requests]`: every candidate once. Whatever the model would like to
+    /// say, it can only go on with a candidate that is left; what it writes as the last of several allowed
+    /// tokens is not computed. Many lists are written at the same time.
+    ///
+    /// `progress` counts requests, as in [`Llm::label_logprobs`].
+    ///
+    /// # Errors
+    /// As [`Llm::label_logprobs`]; where a prompt does not fit the context with all its candidates.
+    pub fn rank_by_generation(
+        &self,
+        requests: &[RankRequest],
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<Ranked>> {
+        self.engine.rank_by_generation(requests, progress)
+    }
+
+    /// The ratings that the model gives after prompts, `[prompts]`.
+    ///
+    /// Where each rating is one token, one read of their logits is enough; else every rating's text is scored, with its
+    /// end. Probabilities are over the ratings: whatever else the model would say counts for nothing.
+    ///
+    /// # Errors
+    /// As [`Llm::label_logprobs`]; where a prompt does not fit the context with a rating.
+    pub fn rate(
+        &self,
+        prompts: &[Vec<u32>],
+        scale: &RatingScale,
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<Rating>> {
+        self.engine.rate(prompts, scale, progress)
+    }
+
+    /// Mean of the final hidden states (after the last norm) over the tokens of texts, `[texts, hidden]`.
+    ///
+    /// # Errors
+    /// As [`Llm::label_logprobs`], for texts.
+    pub fn hidden_means(
+        &self,
+        texts: &[Vec<u32>],
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<Vec<f32>>> {
+        self.engine.hidden_means(texts, progress)
     }
 
     /// Greedy continuation of a prompt: up to `max_new` ids, ending with the first of `stop` where one comes.

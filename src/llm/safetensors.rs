@@ -6,11 +6,11 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
+use super::quant::BlockType;
 use crate::error::{Error, Result};
 
 /// The files of a checkpoint, mapped.
@@ -85,28 +85,39 @@ impl Checkpoint {
         Ok(tensors.tensor(name).ok().map(|t| t.shape().to_vec()))
     }
 
-    /// The values of a tensor as f32, rows one after the other.
+    /// Type, sizes (slowest first) and bytes of a tensor.
     ///
     /// # Errors
-    /// Exit 65 where there is no such tensor, its type is not f32, f16 or bf16, or a value is not finite.
-    pub fn values(&self, name: &str) -> Result<Vec<f32>> {
+    /// Exit 65 where there is no such tensor, or its type is not f32, f16 or bf16.
+    pub fn bytes(&self, name: &str) -> Result<(BlockType, Vec<usize>, &[u8])> {
         let missing = || Error::data(format!("{}: there is no tensor `{name}`", self.files[0].0.display()));
         let (path, map) = &self.files[*self.home.get(name).ok_or_else(missing)?];
         let tensors = read(path, map)?;
         let view = tensors.tensor(name).map_err(|_| missing())?;
-        let bytes = view.data();
-        let values: Vec<f32> = match view.dtype() {
-            Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-            Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            Dtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        let block_type = match view.dtype() {
+            Dtype::F32 => BlockType::F32,
+            Dtype::F16 => BlockType::F16,
+            Dtype::BF16 => BlockType::BF16,
             other => {
                 let what = format!("the tensor `{name}` has the type {other:?}, which is not supported");
                 return Err(Error::data(format!("{}: {what}", path.display()))
                     .with_help("save the model as float32, float16 or bfloat16"));
             }
         };
+        Ok((block_type, view.shape().to_vec(), view.data()))
+    }
+
+    /// The values of a tensor as f32, rows one after the other.
+    ///
+    /// # Errors
+    /// Exit 65 where there is no such tensor, its type is not f32, f16 or bf16, or a value is not finite.
+    pub fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let (block_type, shape, bytes) = self.bytes(name)?;
+        let mut values = vec![0f32; shape.iter().product()];
+        block_type.dequantize(bytes, &mut values);
         match super::quant::first_not_finite(&values) {
             Some(i) => {
+                let path = &self.files[self.home[name]].0;
                 let what = format!("value {i} of the tensor `{name}` is {}", values[i]);
                 Err(Error::data(format!("{}: {what}", path.display())).with_help("the file is damaged; fetch it again"))
             }

@@ -1,8 +1,9 @@
 //! From logits to scores: pure functions of numbers.
 //!
-//! Modes of the reranker: *label*, one token per candidate, whose log-probability after the prompt is its score; and
-//! *likelihood*, the log-probability of a candidate's text given the prompt, summed, averaged or less its
-//! unconditional one (as in "surface form competition", arXiv 2104.08315).
+//! Modes of the reranker that score: *label*, one token per candidate, whose log-probability after the prompt is its
+//! score; and *likelihood*, the log-probability of a candidate's text given the prompt, summed, averaged or less its
+//! unconditional one (as in "surface form competition", arXiv 2104.08315). Written lists are `ranking.rs`, ratings
+//! `rating.rs`.
 
 use super::cpu::kernels::{Isa, log_sum_exp};
 
@@ -15,6 +16,12 @@ pub fn normalizer(logits: &[f32]) -> f64 {
 pub fn log_probabilities(logits: &[f32], ids: &[u32]) -> Vec<f32> {
     let normalizer = normalizer(logits);
     ids.iter().map(|id| (f64::from(logits[*id as usize]) - normalizer) as f32).collect()
+}
+
+/// Log-probabilities of tokens among themselves, given their logits (or their log-probabilities over anything larger).
+pub fn among(logits: &[f32]) -> Vec<f32> {
+    let normalizer = normalizer(logits);
+    logits.iter().map(|l| (f64::from(*l) - normalizer) as f32).collect()
 }
 
 /// Log-probability of a text from those of its tokens; 0 for no tokens.
@@ -51,6 +58,44 @@ pub fn average_over_orders(prompts: &[(Vec<usize>, Vec<f32>)], candidates: usize
         }
     }
     totals.into_iter().map(|(total, n)| if n == 0 { f64::NEG_INFINITY } else { total / n as f64 }).collect()
+}
+
+/// How often the order of the candidates decided which one came first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct OrderBias {
+    /// Pairs of prompts that showed the same candidates in different orders.
+    pub pairs: usize,
+    /// Pairs of which the two prompts put different candidates first.
+    pub changed: usize,
+}
+
+impl OrderBias {
+    /// Share of pairs whose first place changed; 0 without pairs. A model that looks at the candidates only has 0, one that
+    /// always takes the first line of `n` shuffled candidates has about 1 - 1 / n.
+    pub fn share(&self) -> f64 {
+        if self.pairs == 0 { 0.0 } else { self.changed as f64 / self.pairs as f64 }
+    }
+
+    /// Adds what was counted elsewhere, such as for another user.
+    pub fn add(&mut self, other: OrderBias) {
+        self.pairs += other.pairs;
+        self.changed += other.changed;
+    }
+}
+
+/// Compares the first places of every pair of one user's prompts. Each entry is one prompt, as in
+/// [`average_over_orders`]; the label that comes first is the likeliest, the first shown of equal ones.
+pub fn first_place_changes(prompts: &[(Vec<usize>, Vec<f32>)]) -> OrderBias {
+    let first = |(order, logprobs): &(Vec<usize>, Vec<f32>)| order.get(argmax(logprobs) as usize).copied();
+    let firsts: Vec<Option<usize>> = prompts.iter().map(first).collect();
+    let mut out = OrderBias::default();
+    for (i, a) in firsts.iter().enumerate() {
+        for b in &firsts[i + 1..] {
+            out.pairs += 1;
+            out.changed += usize::from(a != b);
+        }
+    }
+    out
 }
 
 /// The token with the largest logit; the smallest id of equal ones.
@@ -104,6 +149,24 @@ mod tests {
         assert!(scores[1] > scores[0]);
         assert!((scores[1] - scores[0] - 1.0).abs() < 1e-5, "{scores:?}");
         assert_eq!(scores[2], f64::NEG_INFINITY);
+    }
+
+    #[test]
+    fn the_first_place_of_a_biased_model_changes_with_the_order() {
+        let prompts = [(vec![0, 1], vec![-1.0, -2.0]), (vec![1, 0], vec![-1.0, -2.0]), (vec![0, 1], vec![-1.0, -9.0])];
+        let mut bias = first_place_changes(&prompts);
+        assert_eq!(bias, OrderBias { pairs: 3, changed: 2 });
+        bias.add(first_place_changes(&prompts[..1]));
+        assert_eq!(bias.pairs, 3);
+        assert!((bias.share() - 2.0 / 3.0).abs() < 1e-12);
+        assert_eq!(OrderBias::default().share(), 0.0);
+    }
+
+    #[test]
+    fn labels_among_themselves_sum_to_one() {
+        let p = among(&[2.0, 1.0, 4.0]);
+        assert!((p.iter().map(|p| p.exp()).sum::<f32>() - 1.0).abs() < 1e-6);
+        assert!((p[0] - p[1] - 1.0).abs() < 1e-6);
     }
 
     #[test]

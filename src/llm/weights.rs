@@ -3,10 +3,14 @@
 //! In: a path. Out: [`Weights`], which gives every tensor as f32 under its Hugging Face name and
 //! in Hugging Face row order, checked against the model's shape.
 
+use std::borrow::Cow;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use super::architectures::{TensorName, gguf_name, tensors};
 use super::config::LlamaConfig;
 use super::gguf::Gguf;
+use super::quant::BlockType;
 use super::safetensors::Checkpoint;
 use crate::error::{Error, Result};
 
@@ -60,14 +64,41 @@ impl Weights {
             Store::Folder(checkpoint) => checkpoint.values(name),
             Store::Gguf(gguf) => {
                 let values = gguf.dequantize(&gguf_name(name))?;
-                let c = &self.config;
-                Ok(match name.rsplit('.').nth(1) {
-                    Some("q_proj") => unpermute(&values, c.heads, c.head_dim, c.hidden),
-                    Some("k_proj") => unpermute(&values, c.kv_heads, c.head_dim, c.hidden),
-                    _ => values,
+                Ok(match self.in_pairs(name) {
+                    true => unpermute(&values, self.config.head_dim, self.config.hidden),
+                    false => values,
                 })
             }
         }
+    }
+
+    /// A tensor as it is stored, without making it f32: its type and its bytes, rows in Hugging Face order.
+    ///
+    /// # Errors
+    /// Exit 65 where there is no such tensor, or its type cannot be read. Values are not looked at: a damaged file may
+    /// hold infinities, which [`Weights::values`] refuses.
+    pub fn blocks(&self, name: &str) -> Result<Blocks<'_>> {
+        let (block_type, dims, bytes) = match &self.store {
+            Store::Folder(checkpoint) => checkpoint.bytes(name)?,
+            Store::Gguf(gguf) => {
+                let (info, bytes) = gguf.bytes(&gguf_name(name))?;
+                (info.block_type, info.dims.iter().rev().copied().collect(), bytes)
+            }
+        };
+        let columns = dims.last().copied().unwrap_or(1);
+        let rows = dims.iter().rev().skip(1).product::<usize>();
+        let bytes = match self.in_pairs(name) {
+            true => Cow::Owned(unpermute(bytes, self.config.head_dim, bytes.len() / rows.max(1))),
+            false => Cow::Borrowed(bytes),
+        };
+        Ok(Blocks { block_type, rows, columns, bytes })
+    }
+
+    /// Whether the file holds the rows of this tensor as pairs, where Hugging Face has halves of a head.
+    fn in_pairs(&self, name: &str) -> bool {
+        matches!(self.store, Store::Gguf(_))
+            && self.config.architecture.pairs_in_gguf
+            && matches!(name.rsplit('.').nth(1), Some("q_proj" | "k_proj"))
     }
 
     /// Sizes of a tensor, slowest first.
@@ -80,8 +111,8 @@ impl Weights {
 
     fn check(&self) -> Result<()> {
         let fault = |what: String| Error::data(format!("{}: {what}", self.path.display()));
-        let expected = self.expected();
-        for (name, shape) in &expected {
+        let expected = tensors(&self.config);
+        for TensorName { hf: name, shape, .. } in &expected {
             match self.shape(name)? {
                 Some(found) if found == *shape => {}
                 Some(found) => {
@@ -93,49 +124,48 @@ impl Weights {
                 None => return Err(fault(format!("the tensor `{name}` is missing"))),
             }
         }
-        let known = |name: &str| expected.iter().any(|(n, _)| n == name);
+        // Buffers follow from the configuration: old checkpoints store them, GGUF has the frequencies' factors.
         let extra = match &self.store {
-            // Buffers, not weights: old checkpoints store them, and they follow from the configuration.
-            Store::Folder(c) => c
-                .names()
-                .into_iter()
-                .find(|n| !known(n) && !n.ends_with("rotary_emb.inv_freq") && *n != "lm_head.weight")
-                .map(str::to_owned),
+            Store::Folder(c) => {
+                let known: HashSet<&str> = expected.iter().map(|t| t.hf.as_str()).collect();
+                let buffer = |n: &str| n.ends_with("rotary_emb.inv_freq") || n == HEAD;
+                c.names().into_iter().find(|n| !known.contains(n) && !buffer(n)).map(str::to_owned)
+            }
             Store::Gguf(g) => {
-                let names: Vec<String> = expected.iter().map(|(n, _)| gguf_name(n)).collect();
-                g.tensor_names().into_iter().find(|n| !names.iter().any(|m| m == n)).map(str::to_owned)
+                let known: HashSet<&str> = expected.iter().map(|t| t.gguf.as_str()).collect();
+                let buffer = |n: &str| n == "rope_freqs.weight";
+                g.tensor_names().into_iter().find(|n| !known.contains(n) && !buffer(n)).map(str::to_owned)
             }
         };
         match extra {
-            Some(name) => Err(fault(format!("the tensor `{name}` has no place in this architecture"))
-                .with_help("plain Llama models are supported: no biases, no scaled rotary embeddings, no experts")),
+            Some(name) => {
+                let family = self.config.architecture.name;
+                Err(fault(format!("the tensor `{name}` has no place in the architecture `{family}`"))
+                    .with_help("adapters are merged first; experts and further biases are not supported"))
+            }
             None => Ok(()),
         }
     }
+}
 
-    /// Every tensor that the decoder reads, with its sizes.
-    fn expected(&self) -> Vec<(String, Vec<usize>)> {
-        let c = &self.config;
-        let mut out =
-            vec![(EMBEDDING.to_owned(), vec![c.vocab_size, c.hidden]), (FINAL_NORM.to_owned(), vec![c.hidden])];
-        if !c.tied {
-            out.push((HEAD.to_owned(), vec![c.vocab_size, c.hidden]));
-        }
-        for layer in 0..c.layers {
-            let shapes = [
-                ("input_layernorm", vec![c.hidden]),
-                ("self_attn.q_proj", vec![c.q_width(), c.hidden]),
-                ("self_attn.k_proj", vec![c.kv_width(), c.hidden]),
-                ("self_attn.v_proj", vec![c.kv_width(), c.hidden]),
-                ("self_attn.o_proj", vec![c.hidden, c.q_width()]),
-                ("post_attention_layernorm", vec![c.hidden]),
-                ("mlp.gate_proj", vec![c.intermediate, c.hidden]),
-                ("mlp.up_proj", vec![c.intermediate, c.hidden]),
-                ("mlp.down_proj", vec![c.hidden, c.intermediate]),
-            ];
-            out.extend(shapes.into_iter().map(|(leaf, shape)| (layer_tensor(layer, leaf), shape)));
-        }
-        out
+/// A tensor as it is stored.
+#[derive(Clone, Debug)]
+pub struct Blocks<'a> {
+    /// How its values are stored.
+    pub block_type: BlockType,
+    /// 1 for a vector.
+    pub rows: usize,
+    /// Values of a row, a whole number of blocks.
+    pub columns: usize,
+    /// Row by row, blocks one after the other, without gaps; not aligned.
+    pub bytes: Cow<'a, [u8]>,
+}
+
+impl Blocks<'_> {
+    /// Bytes of a row.
+    pub fn row_bytes(&self) -> usize {
+        let (values, bytes) = self.block_type.block();
+        self.columns / values * bytes
     }
 }
 
@@ -151,40 +181,22 @@ pub fn layer_tensor(layer: usize, leaf: &str) -> String {
     format!("model.layers.{layer}.{leaf}.weight")
 }
 
-/// GGUF's name of a Hugging Face tensor (llama.cpp, `gguf-py/gguf/tensor_mapping.py`).
-fn gguf_name(name: &str) -> String {
-    let leaf = match name {
-        EMBEDDING => return "token_embd.weight".to_owned(),
-        FINAL_NORM => return "output_norm.weight".to_owned(),
-        HEAD => return "output.weight".to_owned(),
-        other => other.trim_start_matches("model.layers.").trim_end_matches(".weight"),
-    };
-    let (layer, leaf) = leaf.split_once('.').unwrap_or((leaf, ""));
-    let leaf = match leaf {
-        "input_layernorm" => "attn_norm",
-        "self_attn.q_proj" => "attn_q",
-        "self_attn.k_proj" => "attn_k",
-        "self_attn.v_proj" => "attn_v",
-        "self_attn.o_proj" => "attn_output",
-        "post_attention_layernorm" => "ffn_norm",
-        "mlp.gate_proj" => "ffn_gate",
-        "mlp.up_proj" => "ffn_up",
-        "mlp.down_proj" => "ffn_down",
-        other => other,
-    };
-    format!("blk.{layer}.{leaf}.weight")
+/// Name of a layer's bias, e.g. (0, `self_attn.q_proj`).
+pub fn layer_bias(layer: usize, leaf: &str) -> String {
+    format!("model.layers.{layer}.{leaf}.bias")
 }
 
 /// GGUF row order to Hugging Face row order. GGUF rotates neighbouring pairs, Hugging Face
 /// halves: within a head, GGUF row `2 i + j` is Hugging Face row `j head_dim / 2 + i`.
-fn unpermute(values: &[f32], heads: usize, head_dim: usize, columns: usize) -> Vec<f32> {
+/// `width` is that of a row, in `T`s.
+fn unpermute<T: Copy>(rows: &[T], head_dim: usize, width: usize) -> Vec<T> {
     let half = head_dim / 2;
-    let mut out = Vec::with_capacity(values.len());
-    for head in 0..heads {
+    let mut out = Vec::with_capacity(rows.len());
+    for head in rows.chunks_exact(head_dim * width) {
         for row in 0..head_dim {
             let (j, i) = (row / half, row % half);
-            let from = (head * head_dim + 2 * i + j) * columns;
-            out.extend_from_slice(&values[from..from + columns]);
+            let from = (2 * i + j) * width;
+            out.extend_from_slice(&head[from..from + width]);
         }
     }
     out
@@ -195,16 +207,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_both_worlds() {
-        assert_eq!(gguf_name("model.layers.12.self_attn.q_proj.weight"), "blk.12.attn_q.weight");
-        assert_eq!(gguf_name("model.layers.0.input_layernorm.weight"), "blk.0.attn_norm.weight");
-        assert_eq!(gguf_name(EMBEDDING), "token_embd.weight");
-    }
-
-    #[test]
     fn unpermute_takes_pairs_apart() {
         // Two heads of four rows, one column: pairs (a0 b0 a1 b1) become halves (a0 a1 b0 b1).
         let rows = [0.0, 10.0, 1.0, 11.0, 4.0, 14.0, 5.0, 15.0];
-        assert_eq!(unpermute(&rows, 2, 4, 1), [0.0, 1.0, 10.0, 11.0, 4.0, 5.0, 14.0, 15.0]);
+        assert_eq!(unpermute(&rows, 4, 1), [0.0, 1.0, 10.0, 11.0, 4.0, 5.0, 14.0, 15.0]);
     }
 }

@@ -1,6 +1,6 @@
 //! The decoder on CPU cores: the same model as `model.rs`, arranged for a processor's caches.
 //!
-//! In: a [`Pack`] and a [`Cache`]. Out: rows of logits. Weights are packed once, at load.
+//! In: a [`Pack`] and [`Segment`]s. Out: rows of logits, and segments. Weights are packed once, at load.
 //! A layer is two parallel steps: attention, by (run, key/value head, stretch of queries); and everything else, by blocks of rows,
 //! whose intermediate values stay near the core that makes them.
 //! Logits are made for the rows that are read, and for no other.
@@ -11,14 +11,13 @@ pub mod product;
 
 use rayon::prelude::*;
 
-use self::attention::Past;
 use self::kernels::{Isa, LANES};
 use self::product::Packed;
 use super::config::LlamaConfig;
-use super::decoder::Decoder;
-use super::pack::Pack;
-use super::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_tensor};
-use crate::error::Result;
+use super::decoder::{Decoder, Wanted};
+use super::pack::{Pack, Read, Run};
+use super::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_bias, layer_tensor};
+use crate::error::{Error, Result};
 
 /// Rows of a block, at most: enough that a panel of weights is used often once it is in the core's cache, few enough
 /// that what a block makes between two products is not far. Half or a quarter costs one percent.
@@ -33,6 +32,10 @@ struct Layer {
     attention_norm: Vec<f32>,
     /// Query, key and value projections side by side: `hidden -> q_width + 2 kv_width`.
     qkv: Packed,
+    /// Biases of the three side by side, `[q_width + 2 kv_width]`; empty where the model has none.
+    qkv_bias: Vec<f32>,
+    /// Weights of the norms of query and key heads, `[head_dim]` each, where the model has them.
+    head_norms: Option<[Vec<f32>; 2]>,
     /// `q_width -> hidden`.
     output: Packed,
     /// `[hidden]`.
@@ -58,12 +61,46 @@ pub struct CpuModel {
     frequencies: Vec<f32>,
 }
 
-/// Keys and values of the tokens so far, of one sequence.
-#[derive(Clone, Default)]
-pub struct Cache {
+/// Keys and values of consecutive tokens, in one piece of memory.
+#[derive(Clone)]
+pub struct Segment {
     len: usize,
-    /// Per layer: keys and values, `[len, kv_width]` each.
-    layers: Vec<(Vec<f32>, Vec<f32>)>,
+    kv_width: usize,
+    /// `[layers][keys | values][len, kv_width]`.
+    data: Vec<f32>,
+}
+
+impl Segment {
+    fn new(c: &LlamaConfig, len: usize) -> Self {
+        Segment { len, kv_width: c.kv_width(), data: vec![0.0; c.layers * 2 * len * c.kv_width()] }
+    }
+
+    /// Keys of a layer, `[len, kv_width]`.
+    fn keys(&self, layer: usize) -> &[f32] {
+        &self.data[self.range(layer, 0)]
+    }
+
+    /// Values of a layer, `[len, kv_width]`.
+    fn values(&self, layer: usize) -> &[f32] {
+        &self.data[self.range(layer, 1)]
+    }
+
+    fn range(&self, layer: usize, which: usize) -> std::ops::Range<usize> {
+        let size = self.len * self.kv_width;
+        let from = (2 * layer + which) * size;
+        from..from + size
+    }
+
+    /// Takes keys and values of a layer from a run's first rows of `[q | k | v]`.
+    fn fill(&mut self, layer: usize, rows: &[f32], width: usize, keys_at: usize) {
+        for which in 0..2 {
+            let (from, kv_width) = (keys_at + which * self.kv_width, self.kv_width);
+            let range = self.range(layer, which);
+            for (to, row) in self.data[range].chunks_exact_mut(kv_width).zip(rows.chunks_exact(width)) {
+                to.copy_from_slice(&row[from..from + kv_width]);
+            }
+        }
+    }
 }
 
 impl CpuModel {
@@ -76,10 +113,17 @@ impl CpuModel {
         let layer = |i: usize| -> Result<Layer> {
             let get = |leaf: &str| weights.values(&layer_tensor(i, leaf));
             let (q, k, v) = (get("self_attn.q_proj")?, get("self_attn.k_proj")?, get("self_attn.v_proj")?);
+            let mut qkv_bias = Vec::new();
+            for leaf in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].iter().filter(|_| c.qkv_bias) {
+                qkv_bias.extend(weights.values(&layer_bias(i, leaf))?);
+            }
+            let head_norms = || Ok::<_, Error>([get("self_attn.q_norm")?, get("self_attn.k_norm")?]);
             let (gate, up) = (get("mlp.gate_proj")?, get("mlp.up_proj")?);
             Ok(Layer {
                 attention_norm: get("input_layernorm")?,
                 qkv: Packed::pack(&[&q, &k, &v], c.hidden),
+                qkv_bias,
+                head_norms: c.qk_norm.then(head_norms).transpose()?,
                 output: Packed::pack(&[&get("self_attn.o_proj")?], c.q_width()),
                 mlp_norm: get("post_attention_layernorm")?,
                 gate_up: Packed::pack(&[&gate, &up], c.hidden),
@@ -107,13 +151,13 @@ impl CpuModel {
     }
 
     /// Cosines and sines of the rotation at each token, `[tokens, head_dim / 2]` each.
-    fn rotations(&self, pack: &Pack, past: usize) -> (Vec<f32>, Vec<f32>) {
+    fn rotations(&self, pack: &Pack) -> (Vec<f32>, Vec<f32>) {
         let half = self.frequencies.len();
         let mut cos = vec![0f32; pack.ids.len() * half];
         let mut sin = cos.clone();
         for run in &pack.runs {
             for t in 0..run.len {
-                let position = (past + run.position + t) as f32;
+                let position = (run.position + t) as f32;
                 let at = (run.start + t) * half;
                 for (i, f) in self.frequencies.iter().enumerate() {
                     // The reference rounds the angle to f32 before it takes the cosine.
@@ -147,6 +191,12 @@ impl CpuModel {
         layer.qkv.multiply(self.isa, normed, qkv, false);
         let half = self.frequencies.len();
         for ((row, cos), sin) in qkv.chunks_exact_mut(self.qkv_width()).zip(cos.chunks(half)).zip(sin.chunks(half)) {
+            add(row, &layer.qkv_bias);
+            if let Some([query, key]) = &layer.head_norms {
+                let (queries, rest) = row.split_at_mut(c.q_width());
+                norm_heads(queries, query, c.rms_eps);
+                norm_heads(&mut rest[..c.kv_width()], key, c.rms_eps);
+            }
             kernels::rotate(self.isa, &mut row[..c.q_width() + c.kv_width()], cos, sin);
         }
     }
@@ -175,32 +225,75 @@ impl CpuModel {
         add_product(&layer.down, self.isa, &scratch.activated, x, c.hidden, &mut scratch.padded);
     }
 
-    /// Logits of hidden rows, `each` called with the index of the row and `[vocab]`.
+    /// What is wanted of the read rows, given their hidden states `[reads, hidden]` after the last norm.
+    fn answer(&self, hidden: &[f32], reads: &[Read], each: &mut dyn FnMut(usize, &[f32])) {
+        let width = self.config.hidden;
+        let of = |r: usize| &hidden[r * width..(r + 1) * width];
+        let (mut whole, mut some) = (Vec::new(), Vec::new());
+        for (r, read) in reads.iter().enumerate() {
+            match &read.wanted {
+                Wanted::Hidden => each(r, of(r)),
+                Wanted::Logits(ids) => some.push((r, ids)),
+                Wanted::Vocabulary | Wanted::LogProbs(_) => whole.push(r),
+            }
+        }
+        for part in some.chunks(HEAD_ROWS) {
+            let logits: Vec<Vec<f32>> = part.par_iter().map(|(r, ids)| self.logits_of(of(*r), ids)).collect();
+            part.iter().zip(&logits).for_each(|((r, _), logits)| each(*r, logits));
+        }
+        let mut rows = Vec::new();
+        for part in whole.chunks(HEAD_ROWS) {
+            rows.clear();
+            part.iter().for_each(|r| rows.extend_from_slice(of(*r)));
+            self.logits(&rows, &mut |i, logits| match &reads[part[i]].wanted {
+                Wanted::LogProbs(ids) => each(part[i], &log_probabilities(self.isa, logits, ids)),
+                _ => each(part[i], logits),
+            });
+        }
+    }
+
+    /// Logits of some ids, ascending, of one hidden row `[hidden]`: the same bits as among all of them.
+    fn logits_of(&self, hidden: &[f32], ids: &[u32]) -> Vec<f32> {
+        let mut out = Vec::with_capacity(ids.len());
+        let mut columns = [0f32; LANES];
+        for panel in ids.chunk_by(|a, b| *a as usize / LANES == *b as usize / LANES) {
+            let at = panel[0] as usize / LANES;
+            self.head.multiply_panels(self.isa, hidden, at..at + 1, &mut columns);
+            out.extend(panel.iter().map(|id| columns[*id as usize % LANES]));
+        }
+        out
+    }
+
+    /// Logits of at most `HEAD_ROWS` hidden rows, `each` called with the index of the row and `[vocab]`.
     fn logits(&self, hidden: &[f32], each: &mut dyn FnMut(usize, &[f32])) {
         let (width, vocab) = (self.config.hidden, self.config.vocab_size);
         let panels = self.head.panels();
         let threads = rayon::current_num_threads().max(1);
         // A few stretches of the vocabulary per thread; each is a product of its own.
         let stretch = panels.div_ceil(4 * threads).max(1);
-        let mut logits = vec![0f32; HEAD_ROWS.min(hidden.len() / width) * panels * LANES];
+        let n = hidden.len() / width;
+        // Stretch by stretch in memory: `[stretches][n][columns of the stretch]`.
+        let mut logits = vec![0f32; n * panels * LANES];
         let mut row = vec![0f32; panels * LANES];
-        for (block, rows) in hidden.chunks(HEAD_ROWS * width).enumerate() {
-            let n = rows.len() / width;
-            // Stretch by stretch in memory: `[stretches][n][columns of the stretch]`.
-            logits[..n * panels * LANES].par_chunks_mut(n * stretch * LANES).enumerate().for_each(|(s, out)| {
-                let first = s * stretch;
-                self.head.multiply_panels(self.isa, rows, first..(first + stretch).min(panels), out);
-            });
-            for r in 0..n {
-                for (s, part) in logits[..n * panels * LANES].chunks(n * stretch * LANES).enumerate() {
-                    let columns = part.len() / n;
-                    let at = s * stretch * LANES;
-                    row[at..at + columns].copy_from_slice(&part[r * columns..(r + 1) * columns]);
-                }
-                each(block * HEAD_ROWS + r, &row[..vocab]);
+        logits.par_chunks_mut(n * stretch * LANES).enumerate().for_each(|(s, out)| {
+            let first = s * stretch;
+            self.head.multiply_panels(self.isa, hidden, first..(first + stretch).min(panels), out);
+        });
+        for r in 0..n {
+            for (s, part) in logits.chunks(n * stretch * LANES).enumerate() {
+                let columns = part.len() / n;
+                let at = s * stretch * LANES;
+                row[at..at + columns].copy_from_slice(&part[r * columns..(r + 1) * columns]);
             }
+            each(r, &row[..vocab]);
         }
     }
+}
+
+/// Log-probabilities of ids, given the logits of the vocabulary.
+fn log_probabilities(isa: Isa, logits: &[f32], ids: &[u32]) -> Vec<f32> {
+    let normalizer = kernels::log_sum_exp(isa, logits);
+    ids.iter().map(|id| (f64::from(logits[*id as usize]) - normalizer) as f32).collect()
 }
 
 /// Buffers of one thread for one block of rows.
@@ -228,8 +321,32 @@ fn add_product(weights: &Packed, isa: Isa, a: &[f32], x: &mut [f32], width: usiz
     }
 }
 
+/// `row += bias`, as far as the bias goes.
+fn add(row: &mut [f32], bias: &[f32]) {
+    for (x, b) in row.iter_mut().zip(bias) {
+        *x += b;
+    }
+}
+
+/// RMSNorm of each head of a row, in place; `weight` is `[head_dim]`.
+fn norm_heads(row: &mut [f32], weight: &[f32], eps: f32) {
+    for head in row.chunks_exact_mut(weight.len()) {
+        // Sums side by side, so that the compiler may keep them in one register.
+        let mut sums = [0f32; LANES];
+        for part in head.chunks(LANES) {
+            for (sum, x) in sums.iter_mut().zip(part) {
+                *sum += x * x;
+            }
+        }
+        let scale = 1.0 / (sums.iter().sum::<f32>() / weight.len() as f32 + eps).sqrt();
+        for (x, w) in head.iter_mut().zip(weight) {
+            *x = *x * scale * w;
+        }
+    }
+}
+
 impl Decoder for CpuModel {
-    type Cache = Cache;
+    type Segment = Segment;
 
     fn config(&self) -> &LlamaConfig {
         &self.config
@@ -239,28 +356,58 @@ impl Decoder for CpuModel {
         1536
     }
 
-    fn empty(&self) -> Cache {
-        Cache { len: 0, layers: vec![(Vec::new(), Vec::new()); self.config.layers] }
+    fn weight_bytes(&self) -> usize {
+        let c = &self.config;
+        let packed = |w: &Packed| 4 * w.k * w.panels() * LANES;
+        let layer =
+            |l: &Layer| [&l.qkv, &l.output, &l.gate_up, &l.down].map(packed).iter().sum::<usize>() + 4 * 2 * c.hidden;
+        let tables = packed(&self.head) + self.embedding.as_ref().map_or(0, |e| 4 * e.len());
+        self.layers.iter().map(layer).sum::<usize>() + tables + 4 * (c.hidden + self.frequencies.len())
     }
 
-    fn truncate(&self, cache: &mut Cache, len: usize) {
-        for (keys, values) in &mut cache.layers {
-            keys.truncate(len * self.config.kv_width());
-            values.truncate(len * self.config.kv_width());
+    fn token_bytes(&self) -> usize {
+        4 * 2 * self.config.layers * self.config.kv_width()
+    }
+
+    fn pass_bytes(&self, tokens: usize, seen: usize, read: usize) -> usize {
+        let c = &self.config;
+        let head = self.head.panels() * LANES;
+        let inner = 2 * c.intermediate + LANES;
+        let rows = tokens * (c.hidden + self.qkv_width() + c.q_width() + 2 * self.frequencies.len())
+            + read * (2 * c.hidden + c.q_width())
+            + HEAD_ROWS * (2 * head + c.hidden)
+            + head;
+        let block = BLOCK_ROWS * (2 * c.hidden + LANES + inner + c.intermediate);
+        let threads = rayon::current_num_threads().max(1);
+        // Besides: runs, reads and tasks, which are lists of a few words per token.
+        4 * rows + threads * (4 * block + attention::scratch_bytes(c, seen)) + 512 * (tokens + read)
+    }
+
+    fn slice(&self, segment: &Segment, from: usize, len: usize) -> Segment {
+        let (c, width) = (&self.config, segment.kv_width);
+        let mut out = Segment::new(c, len);
+        for layer in 0..c.layers {
+            for which in 0..2 {
+                let source = segment.range(layer, which).start + from * width;
+                let target = out.range(layer, which);
+                out.data[target].copy_from_slice(&segment.data[source..source + len * width]);
+            }
         }
-        cache.len = cache.len.min(len);
+        out
     }
 
-    fn forward(&self, cache: &mut Cache, pack: &Pack, keep: bool, each: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+    fn forward(&self, pack: &Pack, past: &[&Segment], each: &mut dyn FnMut(usize, &[f32])) -> Result<Vec<Segment>> {
         let c = &self.config;
         let tokens = pack.ids.len();
         let (hidden, width, half) = (c.hidden, self.qkv_width(), self.frequencies.len());
-        let (cos, sin) = self.rotations(pack, cache.len);
+        let (cos, sin) = self.rotations(pack);
         let mut x = vec![0f32; tokens * hidden];
         x.par_chunks_mut(hidden).zip(&pack.ids).for_each(|(row, id)| self.embed(*id, row));
         let mut qkv = vec![0f32; tokens * width];
         let mut attended = vec![0f32; tokens * c.q_width()];
         let block = self.block_rows(tokens);
+        let keeping: Vec<&Run> = pack.runs.iter().filter(|run| run.keep > 0).collect();
+        let mut kept: Vec<Segment> = keeping.iter().map(|run| Segment::new(c, run.keep)).collect();
 
         let first = &self.layers[0];
         x.par_chunks(block * hidden)
@@ -270,39 +417,27 @@ impl Decoder for CpuModel {
                 self.project(first, x, qkv, cos, sin, scratch);
             });
         for (i, layer) in self.layers.iter().enumerate() {
-            let (keys, values) = &cache.layers[i];
-            let past = Past { len: cache.len, keys, values };
-            attention::attend(self.isa, c, pack, past, &qkv, width, &mut attended);
-            if keep {
-                let (keys, values) = &mut cache.layers[i];
-                for row in qkv.chunks_exact(width) {
-                    keys.extend_from_slice(&row[c.q_width()..c.q_width() + c.kv_width()]);
-                    values.extend_from_slice(&row[c.q_width() + c.kv_width()..c.q_width() + 2 * c.kv_width()]);
-                }
+            let of_layer = attention::Layer { config: c, pack, past, index: i, qkv: &qkv, width };
+            attention::attend(self.isa, of_layer, &mut attended);
+            for (segment, run) in kept.iter_mut().zip(&keeping) {
+                segment.fill(i, &qkv[run.start * width..(run.start + run.keep) * width], width, c.q_width());
             }
-            let next = self.layers.get(i + 1);
             // After the last layer only the rows that are read go on.
-            if next.is_none() {
-                break;
-            }
+            let Some(next) = self.layers.get(i + 1) else { break };
             x.par_chunks_mut(block * hidden)
                 .zip(attended.par_chunks(block * c.q_width()))
                 .zip(qkv.par_chunks_mut(block * width))
                 .zip(cos.par_chunks(block * half).zip(sin.par_chunks(block * half)))
                 .for_each_init(Scratch::default, |scratch, (((x, attended), qkv), (cos, sin))| {
                     self.feed_forward(layer, attended, x, scratch);
-                    if let Some(next) = next {
-                        self.project(next, x, qkv, cos, sin, scratch);
-                    }
+                    self.project(next, x, qkv, cos, sin, scratch);
                 });
         }
-        if keep {
-            cache.len += tokens;
-        }
+        drop(qkv);
         let last = &self.layers[self.layers.len() - 1];
         let mut rows = vec![0f32; pack.read.len() * hidden];
         let mut mixed = vec![0f32; pack.read.len() * c.q_width()];
-        for (r, at) in pack.read.iter().enumerate() {
+        for (r, Read { at, .. }) in pack.read.iter().enumerate() {
             rows[r * hidden..(r + 1) * hidden].copy_from_slice(&x[at * hidden..(at + 1) * hidden]);
             mixed[r * c.q_width()..(r + 1) * c.q_width()]
                 .copy_from_slice(&attended[at * c.q_width()..(at + 1) * c.q_width()]);
@@ -316,7 +451,7 @@ impl Decoder for CpuModel {
                 self.feed_forward(last, attended, x, scratch);
                 kernels::rms_norm(self.isa, x, &self.final_norm, c.rms_eps, normed);
             });
-        self.logits(&normed, each);
-        Ok(())
+        self.answer(&normed, &pack.read, each);
+        Ok(kept)
     }
 }

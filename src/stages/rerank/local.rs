@@ -10,6 +10,8 @@ use super::config::{Mode, Normalise, RerankConfig};
 use super::questions::Question;
 use crate::error::Result;
 use crate::llm::ledger::{Answer, Ledger};
+use crate::llm::ranking::RankRequest;
+use crate::llm::rating::RatingScale;
 use crate::llm::{ChatTokenizer, Llm, Message, ScoreRequest};
 use crate::stages::{StageContext, context::Cancel};
 
@@ -75,6 +77,20 @@ pub(super) fn normalised(config: &RerankConfig, logprobs: &[f32]) -> f32 {
     }
 }
 
+/// Ratings of a scale that nobody set.
+const FIVE: [f64; 5] = [1.0, 2.0, 3.0, 4.0, 5.0];
+
+/// An order as one score per candidate: the negative place, from 1.
+fn places(order: &[usize]) -> Vec<Vec<f32>> {
+    let mut scores = vec![vec![f32::NEG_INFINITY]; order.len()];
+    for (rank, &candidate) in order.iter().enumerate() {
+        if let Some(score) = scores.get_mut(candidate) {
+            *score = vec![-((rank + 1) as f32)];
+        }
+    }
+    scores
+}
+
 /// Log-probability of every title after a prompt that knows nothing of the user.
 async fn unconditional(
     llm: &Arc<Llm>,
@@ -114,6 +130,35 @@ fn score(
                 .collect();
             llm.continuation_logprobs(&requests, progress)
         }
-        Mode::Generate | Mode::Rating => Err(crate::error::Error::spec("this mode is not built yet")),
+        Mode::Generate => {
+            let requests: Vec<RankRequest> = segment
+                .iter()
+                .map(|q| RankRequest { prompt: q.ids.clone(), candidates: q.scored.clone(), leads: Vec::new() })
+                .collect();
+            let ranked = llm.rank_by_generation(&requests, progress)?;
+            Ok(ranked.into_iter().map(|r| places(&r.order)).collect())
+        }
+        Mode::Rating => {
+            let scale = RatingScale::new(llm.chat(), config.ratings.as_deref().unwrap_or(&FIVE))?;
+            // One prompt per candidate, all with the same beginning, which is computed once.
+            let prompts: Vec<Vec<u32>> =
+                segment.iter().flat_map(|q| q.scored.iter().map(|title| [q.ids.as_slice(), title].concat())).collect();
+            let mut left: Vec<usize> = segment.iter().map(|q| q.scored.len()).collect();
+            left.reverse();
+            // Progress is told in prompts of users.
+            let mut rated = 0;
+            let ratings = llm.rate(&prompts, &scale, &mut |n| {
+                rated += n;
+                let mut users = 0;
+                while let Some(next) = left.last().copied().filter(|next| *next <= rated) {
+                    rated -= next;
+                    users += 1;
+                    left.pop();
+                }
+                progress(users)
+            })?;
+            let mut ratings = ratings.into_iter().map(|r| vec![r.expected as f32]);
+            Ok(segment.iter().map(|q| ratings.by_ref().take(q.scored.len()).collect()).collect())
+        }
     }
 }

@@ -208,9 +208,16 @@ impl<'a> Maker<'a> {
         let model = self.config.model.as_deref().unwrap_or_default();
         let ids = chat.encode_chat(&prompt.messages())?;
         let lettered = !letters.is_empty();
+        // As it is written: a line of a list ends, and a rating stands behind its title.
+        let end = match self.config.mode {
+            Mode::Label | Mode::Likelihood => "",
+            Mode::Generate => "\n",
+            Mode::Rating => ": ",
+        };
+        let name = |name: &dyn std::fmt::Display| chat.encode_text(&format!("{name}{end}"));
         let scored: Vec<Vec<u32>> = match lettered {
-            true => letters.iter().map(|l| chat.encode_text(&l.to_string())).collect(),
-            false => prompt.titles.iter().map(|title| chat.encode_text(title)).collect(),
+            true => letters.iter().map(|l| name(l)).collect(),
+            false => prompt.titles.iter().map(|title| name(title)).collect(),
         };
         if let (Mode::Label, Some(label)) = (self.config.mode, scored.iter().position(|l| l.len() != 1)) {
             return Err(Error::spec(format!("label {label} is not one token of `{model}`"))
@@ -221,9 +228,8 @@ impl<'a> Maker<'a> {
         let (tokens, longest) = match self.config.mode {
             Mode::Label => (ids.len(), ids.len() + 1),
             Mode::Likelihood => (ids.len() + titles, ids.len() + scored.iter().map(Vec::len).max().unwrap_or(0)),
-            // Each title with the end of its line.
-            Mode::Generate => (ids.len() + titles + scored.len(), ids.len() + titles + scored.len()),
-            // Each title, a colon, a rating of a few tokens.
+            Mode::Generate => (ids.len() + titles, ids.len() + titles),
+            // A rating has a few tokens at most.
             Mode::Rating => {
                 (ids.len() + titles + scored.len(), ids.len() + 8 + scored.iter().map(Vec::len).max().unwrap_or(0))
             }
