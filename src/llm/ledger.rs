@@ -65,7 +65,7 @@ pub fn digest(prompt: &[u32], scored: &[Vec<u32>], weights: &str, mode: &str) ->
 }
 
 /// Folder of one set of weights.
-fn folder(weights: &str) -> String {
+fn folder_of(weights: &str) -> String {
     let plain = weights.len() >= 16 && weights.bytes().all(|b| b.is_ascii_hexdigit());
     match plain {
         true => weights[..16].to_owned(),
@@ -92,7 +92,7 @@ impl Ledger {
     /// # Errors
     /// Exit 75 where the store fails.
     pub async fn open(store: &Store, weights: &str) -> Result<(Self, usize)> {
-        let segments = Segments::new(store.child(&format!("{LEDGER}/{}", folder(weights))), SMALL);
+        let segments = Segments::new(store.child(&format!("{LEDGER}/{}", folder_of(weights))), SMALL);
         let found = segments.read().await?;
         let mut unreadable = found.unreadable;
         let mut known = HashMap::new();
@@ -172,7 +172,8 @@ fn to_table(answers: &[Answer], weights: &str) -> Result<Table> {
     let scores: ArrayRef = Arc::new(ListArray::from_iter_primitive::<Float32Type, _, _>(
         answers.iter().map(|a| Some(a.scores.iter().map(|&s| Some(s)))),
     ));
-    let numbers = |of: fn(&Answer) -> i32| -> ArrayRef { Arc::new(Int32Array::from_iter_values(answers.iter().map(of))) };
+    let numbers =
+        |of: fn(&Answer) -> i32| -> ArrayRef { Arc::new(Int32Array::from_iter_values(answers.iter().map(of))) };
     let asked: ArrayRef =
         Arc::new(TimestampMicrosecondArray::from_iter_values(answers.iter().map(|a| a.asked_at)).with_timezone("UTC"));
     let texts: StringArray = answers.iter().map(|a| a.text.as_deref()).collect();
@@ -254,7 +255,7 @@ mod tests {
         let store = Store::local(folder.path()).unwrap();
         let (mut ledger, _) = Ledger::open(&store, "w").await.unwrap();
         ledger.append(vec![answer("a")]).await.unwrap();
-        store.put(&format!("ledger/{}/torn.parquet", folder("w")), bytes::Bytes::from_static(b"PAR1")).await.unwrap();
+        store.put(&format!("ledger/{}/torn.parquet", folder_of("w")), bytes::Bytes::from_static(b"PAR1")).await.unwrap();
         let (again, unreadable) = Ledger::open(&store, "w").await.unwrap();
         assert_eq!((again.len(), unreadable), (1, 1));
     }
@@ -299,7 +300,7 @@ mod tests {
         for n in 0..=COMPACT_ABOVE {
             ledger.append(vec![answer(&format!("{n}"))]).await.unwrap();
         }
-        let folder = store.child(&format!("ledger/{}", folder("w")));
+        let folder = store.child(&format!("ledger/{}", folder_of("w")));
         let mut before = Vec::new();
         for object in folder.list("").await.unwrap() {
             let file = object.location.filename().unwrap().to_owned();

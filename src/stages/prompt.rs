@@ -22,8 +22,8 @@ use self::writer::{Writer, write_all};
 use super::context::{InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What};
 use super::registry::StageKind;
 use crate::columns::{
-    CANDIDATE_PLACES, CANDIDATE_TITLES, CANDIDATES, HISTORY_DIGEST, HISTORY_SHOWN, ITEM_ID, NEIGHBOUR_ID, PERMUTATION, POSITION, PROMPT, PROMPT_DIGEST,
-    PROMPT_TOKENS, RANK, REASON, REC_RANK, SYSTEM, TITLE, TITLES_TRIMMED, USER_ID,
+    CANDIDATE_PLACES, CANDIDATE_TITLES, CANDIDATES, HISTORY_DIGEST, HISTORY_SHOWN, ITEM_ID, NEIGHBOUR_ID, PERMUTATION,
+    POSITION, PROMPT, PROMPT_DIGEST, PROMPT_TOKENS, RANK, REASON, REC_RANK, SYSTEM, TITLE, TITLES_TRIMMED, USER_ID,
 };
 use crate::error::{Error, Result};
 use crate::llm::{ChatTokenizer, Message};
@@ -427,7 +427,8 @@ mod tests {
         other.history = ints(&[(USER_ID, &[1, 2, 2, 2]), (ITEM_ID, &[21, 20, 98, 22]), (POSITION, &[0, 0, 1, 2])]);
         let shorter = digests(&config(json!({})), &other);
         assert!(shorter[0] != base[0] && shorter[1] == base[1]);
-        for more in [json!({ "noun": "films" }), json!({ "history_items": 3 }), json!({ "candidate_style": "titles" })] {
+        for more in [json!({ "noun": "films" }), json!({ "history_items": 3 }), json!({ "candidate_style": "titles" })]
+        {
             assert!(digests(&config(more.clone()), &tables()).iter().zip(&base).all(|(a, b)| a != b), "{more}");
         }
         // The recommender's places go along, in the order shown.

@@ -78,7 +78,10 @@ impl Stage for Rerank {
         vec![
             table("reranked", "user_id, item_id, llm_rank, llm_score, prompt_digest, llm_asked_at, source; best first"),
             table("not_asked", "user_id, source, reason"),
-            table("order_bias", "users with several prompts: user_id, prompts, first_places, first_changed, kendall_tau"),
+            table(
+                "order_bias",
+                "users with several prompts: user_id, prompts, first_places, first_changed, kendall_tau",
+            ),
         ]
     }
 

@@ -13,7 +13,7 @@ use arrow::array::{
 use arrow::datatypes::{DataType, Field, Float32Type, TimeUnit, TimestampMicrosecondType};
 
 use super::segments::Segments;
-use super::{COMPACT_ABOVE, folder};
+use super::{COMPACT_ABOVE, folder_of};
 use crate::columns::{HISTORY_DIGEST, ITEMS, LLM_ASKED_AT, PROMPT_DIGEST, SCORES, SETTINGS, USER_ID};
 use crate::error::Result;
 use crate::tables::{Store, Table};
@@ -62,7 +62,7 @@ impl Orders {
     /// Exit 75 where the store fails.
     pub async fn open(store: &Store, weights: &str) -> Result<Self> {
         // However large: merging drops the orders that a newer one replaced.
-        let segments = Segments::new(store.child(&format!("{ORDERS}/{}", folder(weights))), u64::MAX);
+        let segments = Segments::new(store.child(&format!("{ORDERS}/{}", folder_of(weights))), u64::MAX);
         let found = segments.read().await?;
         let mut orders = Orders { segments, known: HashMap::new(), small: found.small };
         for (table, _) in &found.tables {
@@ -76,7 +76,8 @@ impl Orders {
     /// Keeps the newer of two; of two of the same time, the one of the smaller prompt digest.
     fn keep(&mut self, order: GivenOrder) {
         let newer = self.known.get(&order.key()).is_none_or(|old| {
-            (order.asked_at, std::cmp::Reverse(&order.prompt_digest)) > (old.asked_at, std::cmp::Reverse(&old.prompt_digest))
+            (order.asked_at, std::cmp::Reverse(&order.prompt_digest))
+                > (old.asked_at, std::cmp::Reverse(&old.prompt_digest))
         });
         if newer {
             self.known.insert(order.key(), order);
@@ -141,9 +142,8 @@ pub fn carry_over<T: Eq + std::hash::Hash>(earlier: &[T], today: &[T]) -> Carrie
 }
 
 fn to_table(orders: &[GivenOrder]) -> Result<Table> {
-    let text = |of: fn(&GivenOrder) -> &String| -> ArrayRef {
-        Arc::new(StringArray::from_iter_values(orders.iter().map(of)))
-    };
+    let text =
+        |of: fn(&GivenOrder) -> &String| -> ArrayRef { Arc::new(StringArray::from_iter_values(orders.iter().map(of))) };
     let mut items = ListBuilder::new(StringBuilder::new());
     orders.iter().for_each(|o| items.append_value(o.items.iter().map(Some)));
     let scores = orders.iter().map(|o| Some(o.scores.iter().map(|s| Some(*s))));
@@ -251,7 +251,10 @@ mod tests {
         let again = Orders::open(&store, "w").await.unwrap();
         assert_eq!(again.get("u", "h", "s"), Some(&order("u", COMPACT_ABOVE as i64)));
         assert_eq!(again.known.len(), COMPACT_ABOVE + 2);
-        assert_eq!((again.get("u", "other", "s"), again.get("u", "h", "other"), again.get("x", "h", "s")), (None, None, None));
+        assert_eq!(
+            (again.get("u", "other", "s"), again.get("u", "h", "other"), again.get("x", "h", "s")),
+            (None, None, None)
+        );
         // Merging leaves one row of a key.
         let rows: usize = again.segments.read().await.unwrap().tables.iter().map(|(t, _)| t.num_rows()).sum();
         assert_eq!(rows, COMPACT_ABOVE + 2);

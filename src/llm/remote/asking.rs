@@ -152,9 +152,10 @@ impl Remote {
             Failure::Refused(404 | 405, _) if answered == 0 => {
                 Some(error("check `engine.url` (it mostly ends in /v1) and `engine.model`"))
             }
-            Failure::Unsupported(what) if answered == 0 => {
-                Some(Error::spec(what.clone()).with_help("use mode = \"generate\", another server, or engine.kind = \"local\""))
-            }
+            Failure::Unsupported(what) if answered == 0 => Some(
+                Error::spec(what.clone())
+                    .with_help("use mode = \"generate\", another server, or engine.kind = \"local\""),
+            ),
             Failure::Refused(code, text) if answered == 0 && unsupported(self.reading, text) => Some(
                 Error::spec(format!("the server cannot answer mode = \"{}\": HTTP {code}: {text}", self.mode()))
                     .with_help("use mode = \"label\" or \"generate\", another server, or engine.kind = \"local\""),
@@ -195,8 +196,7 @@ impl Remote {
                 }
             }
             Reading::Generate => {
-                let body =
-                    protocol::generate_body(&self.spec, &ask.system, &ask.user, &ask.titles, &ask.letters);
+                let body = protocol::generate_body(&self.spec, &ask.system, &ask.user, &ask.titles, &ask.letters);
                 let answer = self.chat(&body, until, &mut reply).await?;
                 let (text, order) = protocol::read_order(&answer, &ask.titles, !ask.letters.is_empty(), &ask.places)?;
                 let mut scores = vec![Vec::new(); ask.titles.len()];
@@ -222,7 +222,9 @@ impl Remote {
             return protocol::read_prompt_logprobs(&self.chat(&body, until, reply).await?, title);
         }
         let prompt = ask.chat.as_deref().ok_or_else(|| {
-            Failure::Unsupported("mode = \"likelihood\" by completions needs the chat template of the stage's `model`".into())
+            Failure::Unsupported(
+                "mode = \"likelihood\" by completions needs the chat template of the stage's `model`".into(),
+            )
         })?;
         let body = protocol::echo_body(&self.spec, prompt, title);
         let answer = self.post("/completions", &body, until, reply).await?;
@@ -233,7 +235,13 @@ impl Remote {
         self.post("/chat/completions", body, until, reply).await
     }
 
-    async fn post(&self, path: &str, body: &Value, until: Option<Instant>, reply: &mut Reply) -> Result<Value, Failure> {
+    async fn post(
+        &self,
+        path: &str,
+        body: &Value,
+        until: Option<Instant>,
+        reply: &mut Reply,
+    ) -> Result<Value, Failure> {
         let answer = self.client.post(path, body, until).await?;
         let used = |key: &str| answer.pointer(&format!("/usage/{key}")).and_then(Value::as_u64).unwrap_or(0);
         reply.prompt_tokens += used("prompt_tokens");

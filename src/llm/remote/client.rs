@@ -209,8 +209,11 @@ impl Client {
     /// One try.
     async fn once(&self, path: &str, body: &str) -> Result<Value, Failure> {
         Spent::add(&self.spent.requests, 1);
-        let mut request =
-            self.http.post(format!("{}{path}", self.url)).header(CONTENT_TYPE, "application/json").body(body.to_owned());
+        let mut request = self
+            .http
+            .post(format!("{}{path}", self.url))
+            .header(CONTENT_TYPE, "application/json")
+            .body(body.to_owned());
         if let Some(key) = &self.key {
             // `key_of` has checked that it is a header.
             if let Ok(mut header) = HeaderValue::from_str(&format!("Bearer {}", key.0)) {
@@ -230,9 +233,7 @@ impl Client {
             }
         }
         match status.as_u16() {
-            200..=299 => {
-                serde_json::from_slice(&bytes).map_err(|e| Failure::Unreadable(format!("not JSON: {e}")))
-            }
+            200..=299 => serde_json::from_slice(&bytes).map_err(|e| Failure::Unreadable(format!("not JSON: {e}"))),
             429 => Err(Failure::RateLimited(wait)),
             408 => Err(Failure::Timeout),
             code @ 500.. => Err(Failure::Server(code, self.words(&bytes), wait)),
@@ -283,14 +284,15 @@ fn retry_after(value: &str) -> Option<Duration> {
 /// The key in an environment variable.
 fn key_of(variable: &str) -> Result<Secret> {
     let help = format!("export {variable}=... before the run, or remove `engine.api_key_env`");
-    let key = std::env::var(variable)
-        .ok()
-        .map(|k| k.trim().to_owned())
-        .filter(|k| !k.is_empty())
-        .ok_or_else(|| Error::spec(format!("the environment variable `{variable}` holds no key")).with_help(&help))?;
+    let key =
+        std::env::var(variable).ok().map(|k| k.trim().to_owned()).filter(|k| !k.is_empty()).ok_or_else(|| {
+            Error::spec(format!("the environment variable `{variable}` holds no key")).with_help(&help)
+        })?;
     match HeaderValue::from_str(&key) {
         Ok(_) => Ok(Secret(key)),
-        Err(_) => Err(Error::spec(format!("the key in `{variable}` has characters that no header can hold")).with_help(help)),
+        Err(_) => {
+            Err(Error::spec(format!("the key in `{variable}` has characters that no header can hold")).with_help(help))
+        }
     }
 }
 

@@ -239,13 +239,15 @@ impl RemoteSpec {
 }
 
 fn seconds(key: &str, value: f64) -> Result<Duration> {
-    Duration::try_from_secs_f64(value).ok().filter(|d| !d.is_zero()).ok_or_else(|| {
-        Error::spec(format!("`engine.{key}` is {value}")).with_help("it is a number of seconds above 0")
-    })
+    Duration::try_from_secs_f64(value)
+        .ok()
+        .filter(|d| !d.is_zero())
+        .ok_or_else(|| Error::spec(format!("`engine.{key}` is {value}")).with_help("it is a number of seconds above 0"))
 }
 
 fn checked_url(text: &str) -> Result<String> {
-    let help = "write it like http://localhost:8000/v1; a key belongs in an environment variable, whose name is `api_key_env`";
+    let help =
+        "write it like http://localhost:8000/v1; a key belongs in an environment variable, whose name is `api_key_env`";
     let url = Url::parse(text).map_err(|e| Error::spec(format!("`engine.url` is no URL: {e}")).with_help(help))?;
     if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
         return Err(Error::spec("`engine.url` is not an http:// or https:// address").with_help(help));
@@ -273,7 +275,9 @@ mod tests {
 
     #[test]
     fn a_server_needs_an_address_and_a_model() {
-        for text in ["kind = \"openai\"", "kind = \"openai\"\nurl = \"http://x/v1\"", "kind = \"openai\"\nmodel = \"m\""] {
+        for text in
+            ["kind = \"openai\"", "kind = \"openai\"\nurl = \"http://x/v1\"", "kind = \"openai\"\nmodel = \"m\""]
+        {
             let error = config(text).resolve().unwrap_err();
             assert!(error.fault.exit_code() == 78 && error.message.contains("missing"), "{error}");
         }
@@ -284,15 +288,15 @@ mod tests {
 
     #[test]
     fn secrets_in_a_url_are_refused_and_not_repeated() {
-        for url in [
-            "http://me:hunter2@x/v1",
-            "https://x/v1?key=hunter2",
-            "ftp://hunter2/v1",
-            "hunter2",
-            "http://x/v1#hunter2",
-        ] {
-            let config =
-                EngineConfig { kind: EngineKind::Openai, url: Some(url.into()), model: Some("m".into()), ..Default::default() };
+        for url in
+            ["http://me:hunter2@x/v1", "https://x/v1?key=hunter2", "ftp://hunter2/v1", "hunter2", "http://x/v1#hunter2"]
+        {
+            let config = EngineConfig {
+                kind: EngineKind::Openai,
+                url: Some(url.into()),
+                model: Some("m".into()),
+                ..Default::default()
+            };
             let error = config.resolve().unwrap_err();
             assert_eq!(error.fault.exit_code(), 78, "{url}");
             assert!(!error.to_string().contains("hunter2"), "{error}");
@@ -301,7 +305,13 @@ mod tests {
 
     #[test]
     fn numbers_out_of_range_are_named() {
-        for text in ["concurrency = 0", "timeout_seconds = 0", "deadline_seconds = -1", "backoff_seconds = nan", "max_tokens = 0"] {
+        for text in [
+            "concurrency = 0",
+            "timeout_seconds = 0",
+            "deadline_seconds = -1",
+            "backoff_seconds = nan",
+            "max_tokens = 0",
+        ] {
             let text = format!("kind = \"openai\"\nurl = \"http://x/v1\"\nmodel = \"m\"\n{text}");
             let error = config(&text).resolve().unwrap_err();
             assert!(error.fault.exit_code() == 78 && error.message.contains("engine."), "{error}");

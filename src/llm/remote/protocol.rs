@@ -76,7 +76,9 @@ pub fn read_labels(answer: &Value, letters: &[char]) -> Result<Vec<f32>, Failure
     let choice = choice(answer)?;
     let tokens = choice.pointer("/logprobs/content").and_then(Value::as_array);
     let first = tokens.and_then(|t| t.first()).ok_or_else(|| {
-        Failure::Unsupported("the server gives no log-probabilities with its answers, which mode = \"label\" needs".into())
+        Failure::Unsupported(
+            "the server gives no log-probabilities with its answers, which mode = \"label\" needs".into(),
+        )
     })?;
     let top = first.get("top_logprobs").and_then(Value::as_array).filter(|t| !t.is_empty());
     let shown = top.map_or_else(|| std::slice::from_ref(first), Vec::as_slice);
@@ -178,7 +180,8 @@ pub fn read_echo(answer: &Value, prompt: &str, title: &str) -> Result<Vec<f32>, 
         let Some(begin) = offsets.get(token).and_then(Value::as_u64) else { break };
         let end = offsets.get(token + 1).and_then(Value::as_u64).unwrap_or(to.max(begin + 1));
         if end > from && begin < to {
-            let logprob = logprob.as_f64().ok_or_else(|| Failure::Unparsable("a token has no log-probability".into()))?;
+            let logprob =
+                logprob.as_f64().ok_or_else(|| Failure::Unparsable("a token has no log-probability".into()))?;
             found.push(logprob.max(f64::from(f32::MIN)) as f32);
         }
     }
@@ -223,7 +226,9 @@ pub fn generate_body(spec: &RemoteSpec, system: &str, user: &str, titles: &[Stri
         });
         let format = match spec.dialect {
             Dialect::Tgi => json!({ "type": "json", "value": schema }),
-            _ => json!({ "type": "json_schema", "json_schema": { "name": "ranking", "strict": true, "schema": schema } }),
+            _ => {
+                json!({ "type": "json_schema", "json_schema": { "name": "ranking", "strict": true, "schema": schema } })
+            }
         };
         body.insert("response_format".into(), format);
     }
@@ -234,7 +239,12 @@ pub fn generate_body(spec: &RemoteSpec, system: &str, user: &str, titles: &[Stri
 ///
 /// # Errors
 /// `Unparsable` where it names too little.
-pub fn read_order(answer: &Value, titles: &[String], letters: bool, places: &[u32]) -> Result<(String, Vec<usize>), Failure> {
+pub fn read_order(
+    answer: &Value,
+    titles: &[String],
+    letters: bool,
+    places: &[u32],
+) -> Result<(String, Vec<usize>), Failure> {
     let text = text(answer)?;
     let named = reading::order(text, titles, letters)
         .ok_or_else(|| Failure::Unparsable("the text names too few of the candidates".into()))?;
@@ -251,4 +261,171 @@ fn text(answer: &Value) -> Result<&str, Failure> {
 
 fn choice(answer: &Value) -> Result<&Value, Failure> {
     answer.pointer("/choices/0").ok_or_else(|| Failure::Unparsable("the answer has no `choices`".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::super::config::{EngineConfig, EngineKind};
+    use super::*;
+
+    fn spec(dialect: Dialect) -> RemoteSpec {
+        let (kind, url, model) = (EngineKind::Openai, Some("http://x/v1".into()), Some("m".into()));
+        let config = EngineConfig { kind, url, model, dialect: Some(dialect), ..EngineConfig::default() };
+        config.resolve().unwrap().unwrap()
+    }
+
+    /// As llama.cpp's server answered "A. Alien, B. Brazil": shortened, and with a token of another form of the letter B.
+    const LABELS: &str = r#"{"choices":[{"finish_reason":"length","index":0,"message":{"role":"assistant","content":"A"},
+        "logprobs":{"content":[{"id":49,"token":"A","bytes":[65],"logprob":-0.88036,"top_logprobs":[
+        {"id":49,"token":"A","bytes":[65],"logprob":-0.88036},{"id":50,"token":"B","bytes":[66],"logprob":-2.8386},
+        {"id":329,"token":" B","bytes":[32,66],"logprob":-4.0},{"id":504,"token":"The","bytes":[84,104,101],"logprob":-3.27896}]}]}}],
+        "usage":{"completion_tokens":1,"prompt_tokens":47,"total_tokens":48}}"#;
+    /// As it answered with a schema.
+    const ORDER: &str = r#"{"choices":[{"finish_reason":"stop","index":0,"message":{"role":"assistant",
+        "content":"{\n  \"ranking\": [\n    \"B\",\n    \"A\"\n  ]\n}"}}],"usage":{"completion_tokens":21,"prompt_tokens":43}}"#;
+    /// As vLLM documents `prompt_logprobs`: one object per token of the prompt, the first one null.
+    const PROMPT: &str = r#"{"choices":[{"index":0,"message":{"role":"assistant","content":"."}}],"prompt_logprobs":[null,
+        {"1":{"logprob":-5.5,"rank":9,"decoded_token":"\n"}},{"2":{"logprob":-1.5,"rank":1,"decoded_token":"Al"}},
+        {"3":{"logprob":-0.25,"rank":1,"decoded_token":"ien"}}]}"#;
+    /// As completions echo "Pick: " + "Alien" with one more token.
+    const ECHO: &str = r#"{"choices":[{"text":"Pick: Alien.","index":0,"logprobs":{"tokens":["Pick",":"," Al","ien","."],
+        "token_logprobs":[null,-3.0,-1.5,-0.25,-0.1],"text_offset":[0,4,5,8,11],"top_logprobs":[]}}]}"#;
+
+    fn json(text: &str) -> Value {
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn letters_are_read_from_the_likeliest_tokens() {
+        let scores = read_labels(&json(LABELS), &['A', 'B', 'C']).unwrap();
+        assert!((scores[0] + 0.88036).abs() < 1e-5);
+        // Both forms of B: ln(exp(-2.8386) + exp(-4)).
+        assert!((scores[1] - (f64::exp(-2.8386) + f64::exp(-4.0)).ln() as f32).abs() < 1e-5, "{scores:?}");
+        // C is not among them: less likely than the least likely that is shown.
+        assert_eq!(scores[2], -5.0);
+        assert_eq!(read_labels(&json(ORDER), &['A']).unwrap_err().reason(), "unsupported");
+        assert_eq!(read_labels(&json(LABELS), &['X', 'Y']).unwrap_err().reason(), "unparsable");
+        assert_eq!(read_labels(&json("{}"), &['X']).unwrap_err().reason(), "unparsable");
+    }
+
+    #[test]
+    fn titles_are_read_from_the_prompts_own_tokens() {
+        assert_eq!(read_prompt_logprobs(&json(PROMPT), "Alien").unwrap(), [-1.5, -0.25]);
+        assert_eq!(read_prompt_logprobs(&json(PROMPT), "Brazil").unwrap_err().reason(), "unparsable");
+        assert_eq!(read_prompt_logprobs(&json(LABELS), "Alien").unwrap_err().reason(), "unsupported");
+        // The token " Al" begins before the title.
+        assert_eq!(read_echo(&json(ECHO), "Pick: ", "Alien").unwrap(), [-1.5, -0.25]);
+        assert_eq!(read_echo(&json(ECHO), "Pick:", " Alien.").unwrap(), [-1.5, -0.25, -0.1]);
+        assert_eq!(read_echo(&json(LABELS), "Pick: ", "Alien").unwrap_err().reason(), "unsupported");
+    }
+
+    #[test]
+    fn orders_are_read_from_the_text() {
+        let titles = ["Alien".to_owned(), "Brazil".to_owned(), "Clue".to_owned()];
+        let (text, order) = read_order(&json(ORDER), &titles, true, &[1, 2, 3]).unwrap();
+        assert!(text.contains("ranking"));
+        assert_eq!(order, [1, 0, 2]);
+        assert_eq!(read_order(&json("{\"choices\":[{\"message\":{\"content\":null}}]}"), &titles, true, &[1, 2, 3]).unwrap_err().reason(), "unparsable");
+    }
+
+    #[test]
+    fn requests_have_the_form_that_each_server_reads() {
+        let titles = ["Alien".to_owned(), "Brazil".to_owned(), "Alien".to_owned()];
+        let body = generate_body(&spec(Dialect::Openai), "S", "U", &titles, &[]);
+        let items = body.pointer("/response_format/json_schema/schema/properties/ranking/items/enum").unwrap();
+        assert_eq!(*items, json!(["Alien", "Brazil"]));
+        assert_eq!(body.pointer("/messages/0/role").unwrap(), "system");
+        let body = generate_body(&spec(Dialect::Tgi), "", "U", &titles, &['A', 'B', 'C']);
+        assert_eq!(body.pointer("/response_format/value/properties/ranking/items/enum").unwrap(), &json!(["A", "B", "C"]));
+        assert_eq!(body["messages"].as_array().unwrap().len(), 1);
+        let text = RemoteSpec { structured: Structured::Text, ..spec(Dialect::Openai) };
+        assert!(generate_body(&text, "", "U", &titles, &[]).get("response_format").is_none());
+        let body = label_body(&spec(Dialect::Openai), "S", "U");
+        assert_eq!((&body["max_tokens"], &body["top_logprobs"], &body["logprobs"]), (&json!(1), &json!(20), &json!(true)));
+        let body = prompt_logprobs_body(&spec(Dialect::Vllm), "S", "U", "Alien");
+        assert_eq!(body.pointer("/messages/2").unwrap(), &json!({ "role": "assistant", "content": "Alien" }));
+        assert_eq!(body["add_generation_prompt"], false);
+        assert_eq!(echo_body(&spec(Dialect::Openai), "P: ", "Alien")["prompt"], "P: Alien");
+    }
+
+    /// Bytes of a good answer with something done to them.
+    fn mutated(rng: &mut ChaCha8Rng, base: &str) -> Vec<u8> {
+        const WORDS: [&str; 24] = [
+            "null", "\"\"", "[]", "{}", "1e999", "-1e400", "-0", "true", "\"logprob\":", "\"A\"", "\"\\ud800\"", "[[[[", "}}", ",",
+            "\\u0000", "999999999999999999999", "\"content\":", "\"Aliens\"", "\u{202e}", "NaN", "\"top_logprobs\":[", "\n", "\"text_offset\":", "-3",
+        ];
+        let mut bytes = base.as_bytes().to_vec();
+        for _ in 0..rng.random_range(1..=6) {
+            let at = rng.random_range(0..=bytes.len());
+            let end = (at + rng.random_range(0..24usize)).min(bytes.len());
+            match rng.random_range(0..7) {
+                0 => bytes.truncate(at),
+                1 => bytes.splice(at..at, WORDS[rng.random_range(0..WORDS.len())].bytes()).for_each(drop),
+                2 => bytes.splice(at..end, WORDS[rng.random_range(0..WORDS.len())].bytes()).for_each(drop),
+                3 => bytes.drain(at..end).for_each(drop),
+                4 => {
+                    let piece = bytes[at..end].to_vec();
+                    let to = rng.random_range(0..=bytes.len());
+                    bytes.splice(to..to, piece).for_each(drop);
+                }
+                5 if at < bytes.len() => bytes[at] = rng.random(),
+                _ => {
+                    // A number of another size, in its place.
+                    if let Some(digit) = bytes[at.min(bytes.len())..].iter().position(u8::is_ascii_digit) {
+                        let digit = at + digit;
+                        bytes.splice(digit..=digit, WORDS[rng.random_range(4..16)].bytes()).for_each(drop);
+                    }
+                }
+            }
+        }
+        bytes
+    }
+
+    /// Any bytes in: no panic, one finite score per candidate or none, an order of exactly the candidates or none.
+    /// `TAILFUSE_FUZZ_INPUTS` sets how many; see the recipe `fuzz`.
+    #[test]
+    fn fuzz_remote_answers() {
+        let inputs: u64 = std::env::var("TAILFUSE_FUZZ_INPUTS").ok().and_then(|n| n.parse().ok()).unwrap_or(3000);
+        let mut rng = ChaCha8Rng::seed_from_u64(20_241);
+        let titles = ["Alien", "Aliens", "Brazil (1985)", "A. B", "1984"].map(str::to_owned);
+        let (letters, places) = (['A', 'B', 'C', 'D', 'E'], [2u32, 1, 5, 4, 3]);
+        let mut read = [0u64; 4];
+        for n in 0..inputs {
+            let base = [LABELS, ORDER, PROMPT, ECHO][(n % 4) as usize];
+            let bytes = mutated(&mut rng, base);
+            // As text, whatever the protocol around it.
+            let text = String::from_utf8_lossy(&bytes);
+            if let Some(order) = reading::order(&text, &titles, n % 8 < 4) {
+                let all = reading::complete(&order, &places);
+                let mut sorted = all.clone();
+                sorted.sort_unstable();
+                assert_eq!(sorted, [0, 1, 2, 3, 4], "{text}");
+                assert!(order.len() <= 5 && all.starts_with(&order));
+            }
+            let Ok(answer) = serde_json::from_slice::<Value>(&bytes) else { continue };
+            if let Ok(scores) = read_labels(&answer, &letters) {
+                assert!(scores.len() == 5 && scores.iter().all(|s| s.is_finite()), "{text}: {scores:?}");
+                read[0] += 1;
+            }
+            if let Ok((_, order)) = read_order(&answer, &titles, n % 8 < 4, &places) {
+                let mut sorted = order;
+                sorted.sort_unstable();
+                assert_eq!(sorted, [0, 1, 2, 3, 4], "{text}");
+                read[1] += 1;
+            }
+            if let Ok(scores) = read_prompt_logprobs(&answer, "Alien") {
+                assert!(!scores.is_empty() && scores.iter().all(|s| s.is_finite()), "{text}");
+                read[2] += 1;
+            }
+            if let Ok(scores) = read_echo(&answer, "Pick: ", "Alien") {
+                assert!(!scores.is_empty() && scores.iter().all(|s| s.is_finite()), "{text}");
+                read[3] += 1;
+            }
+        }
+        // The mutations leave enough whole that each reader is reached.
+        assert!(read.iter().all(|n| *n > inputs / 400), "{read:?}");
+    }
 }

@@ -161,7 +161,8 @@ fn meant(entry: &str, known: &[String], letters: bool, taken: &[bool]) -> Option
     }
     let (mark, rest) = marker(&entry);
     let rest = plain(rest);
-    let by_title = (!rest.is_empty()).then(|| titled(&rest, known, taken).or_else(|| resembling(&rest, known))).flatten();
+    let by_title =
+        (!rest.is_empty()).then(|| titled(&rest, known, taken).or_else(|| resembling(&rest, known))).flatten();
     let by_mark = mark.and_then(|m| m.place(letters)).filter(|&p| p < known.len());
     match (mark, rest.is_empty()) {
         // Nothing but a mark: it is the name.
@@ -288,9 +289,15 @@ mod tests {
     use super::*;
 
     fn titles() -> Vec<String> {
-        ["Alien (1979)", "Aliens (1986)", "Good, the Bad and the Ugly, The (1966)", "A Bug's Life (1998)", "1984 (1984)"]
-            .map(str::to_owned)
-            .to_vec()
+        [
+            "Alien (1979)",
+            "Aliens (1986)",
+            "Good, the Bad and the Ugly, The (1966)",
+            "A Bug's Life (1998)",
+            "1984 (1984)",
+        ]
+        .map(str::to_owned)
+        .to_vec()
     }
 
     fn read_letters(text: &str) -> Option<Vec<usize>> {

@@ -103,8 +103,8 @@ async fn unconditional(
     let neutral = chat.encode_chat(&[Message { role: "user".into(), content: "Name one title.".into() }])?;
     let request = ScoreRequest { prompt: neutral, continuations: titles.clone() };
     let (llm, cancel) = (llm.clone(), cancel.clone());
-    let scores = tokio::task::spawn_blocking(move || llm.continuation_logprobs(&[request], &mut |_| cancel.check()))
-        .await??;
+    let scores =
+        tokio::task::spawn_blocking(move || llm.continuation_logprobs(&[request], &mut |_| cancel.check())).await??;
     let sums = scores.into_iter().flatten().map(|lp| lp.iter().sum());
     Ok(titles.into_iter().zip(sums).collect())
 }

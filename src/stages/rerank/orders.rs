@@ -58,8 +58,7 @@ pub(super) fn orders(
     failures: &HashMap<String, &'static str>,
     settings: &str,
 ) -> Result<Outcome> {
-    let mut out =
-        Outcome { reranked: Orders::default(), bias: Bias::default(), failed: Vec::new(), given: Vec::new() };
+    let mut out = Outcome { reranked: Orders::default(), bias: Bias::default(), failed: Vec::new(), given: Vec::new() };
     for (user, questions) in asked {
         let mut sums: HashMap<Id, (f64, usize)> = HashMap::new();
         let mut answers: Vec<(&Question, &Answer)> = Vec::new();
@@ -301,9 +300,9 @@ mod tests {
         let table = not_asked(&ids(&[1]), &[(Id::Int(2), "timeout")], None).unwrap();
         assert_eq!(table.i64s(USER_ID).unwrap(), [1, 2]);
         let text = |name: &str| table.strings(name).unwrap().into_iter().flatten().collect::<Vec<_>>();
-        assert_eq!((text(SOURCE), text(REASON)), (
-            vec!["recommender".to_owned(), "fallback".into()],
-            vec!["budget".to_owned(), "timeout".into()]
-        ));
+        assert_eq!(
+            (text(SOURCE), text(REASON)),
+            (vec!["recommender".to_owned(), "fallback".into()], vec!["budget".to_owned(), "timeout".into()])
+        );
     }
 }

@@ -103,7 +103,8 @@ impl Prompts {
             )?),
             false => None,
         };
-        let histories = if table.has(HISTORY_DIGEST) { table.strings(HISTORY_DIGEST)? } else { vec![None; users.len()] };
+        let histories =
+            if table.has(HISTORY_DIGEST) { table.strings(HISTORY_DIGEST)? } else { vec![None; users.len()] };
         let mut prompts = Vec::with_capacity(users.len());
         let mut rows: BTreeMap<Id, Vec<usize>> = BTreeMap::new();
         for (row, history_digest) in histories.into_iter().enumerate() {
@@ -195,7 +196,10 @@ impl<'a> Maker<'a> {
             (Some(_), _) => {
                 let parts = [self.weights.as_str(), &self.settings, &prompt.system, &prompt.prompt];
                 let names: Vec<String> = letters.iter().map(char::to_string).collect();
-                let all = parts.into_iter().chain(names.iter().map(String::as_str)).chain(prompt.titles.iter().map(String::as_str));
+                let all = parts
+                    .into_iter()
+                    .chain(names.iter().map(String::as_str))
+                    .chain(prompt.titles.iter().map(String::as_str));
                 let (prompt_digest, tokens) = (sha256(all), prompt.tokens as usize);
                 Ok(Question { prompt_digest, row, ids: Vec::new(), scored: Vec::new(), lettered, tokens })
             }
@@ -361,7 +365,10 @@ mod tests {
         };
         let url = "url = \"http://x/v1\"";
         let base = key(url, &prompt("one"));
-        assert_eq!(base, key("url = \"https://elsewhere:1/api\"\nretries = 1\napi_key_env = \"SECRET\"", &prompt("one")));
+        assert_eq!(
+            base,
+            key("url = \"https://elsewhere:1/api\"\nretries = 1\napi_key_env = \"SECRET\"", &prompt("one"))
+        );
         assert_ne!(base, key(url, &prompt("two")));
         assert_ne!(base, key("url = \"http://x/v1\"\nrevision = \"b\"", &prompt("one")));
         let mut other = prompt("one");

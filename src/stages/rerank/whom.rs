@@ -125,8 +125,7 @@ mod tests {
             (None, Some(99), 0),
             (None, Some(500), 5),
         ] {
-            let whom =
-                divide(&five(), order.clone(), Budget { users, tokens }, |_| Ok(Known::<()>::Nothing)).unwrap();
+            let whom = divide(&five(), order.clone(), Budget { users, tokens }, |_| Ok(Known::<()>::Nothing)).unwrap();
             assert_eq!((whom.asked.len(), whom.left_out.len()), (expected, 5 - expected), "{users:?} {tokens:?}");
         }
     }
