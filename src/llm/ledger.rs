@@ -255,7 +255,10 @@ mod tests {
         let store = Store::local(folder.path()).unwrap();
         let (mut ledger, _) = Ledger::open(&store, "w").await.unwrap();
         ledger.append(vec![answer("a")]).await.unwrap();
-        store.put(&format!("ledger/{}/torn.parquet", folder_of("w")), bytes::Bytes::from_static(b"PAR1")).await.unwrap();
+        store
+            .put(&format!("ledger/{}/torn.parquet", folder_of("w")), bytes::Bytes::from_static(b"PAR1"))
+            .await
+            .unwrap();
         let (again, unreadable) = Ledger::open(&store, "w").await.unwrap();
         assert_eq!((again.len(), unreadable), (1, 1));
     }

@@ -454,7 +454,7 @@ mod tests {
         assert_eq!(memory(result, "prompts").i64s(USER_ID).unwrap(), [2]);
         let nobody = Tables { users: Some(ints(&[(USER_ID, &[])])), ..tables() };
         let prompts = memory(run(&config(json!({})), &nobody).unwrap(), "prompts");
-        assert_eq!((prompts.num_rows(), prompts.schema().fields().len()), (0, 10));
+        assert_eq!((prompts.num_rows(), prompts.schema().fields().len()), (0, 12));
     }
 
     #[test]

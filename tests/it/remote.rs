@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use tailfuse::error::Result;
 use tailfuse::llm::Llm;
-use tailfuse::llm::remote::{Ask, EngineConfig, EngineKind, Failure, Outcome, Reading, Remote, RemoteSpec, Sink, Spent};
+use tailfuse::llm::remote::{
+    Ask, EngineConfig, EngineKind, Failure, Outcome, Reading, Remote, RemoteSpec, Sink, Spent,
+};
 
 use crate::llm::smollm2;
 use crate::remote_server::{Fault, LlamaServer, by_heart_server, faulty_server, proxy};
@@ -151,7 +153,8 @@ fn no_more_requests_are_in_flight_than_allowed() {
 fn after_the_deadline_nobody_waits() {
     let server = faulty_server(|number, _| if number < 3 { Fault::Pass } else { Fault::Hang });
     let mut hurried = spec(server.url());
-    (hurried.deadline, hurried.timeout, hurried.concurrency) = (Some(Duration::from_millis(300)), Duration::from_secs(60), 2);
+    (hurried.deadline, hurried.timeout, hurried.concurrency) =
+        (Some(Duration::from_millis(300)), Duration::from_secs(60), 2);
     let began = Instant::now();
     let (end, outcomes) = ask_all(&Remote::new(hurried, Reading::Label).unwrap(), asks(30));
     end.unwrap();
@@ -214,7 +217,8 @@ fn written_orders_hold_every_candidate_once() {
         }
     }
     // What a server leaves out comes in the recommender's order.
-    const SHORT: &[u8] = b"{\"choices\": [{\"message\": {\"content\": \"{\\\"ranking\\\": [\\\"D\\\", \\\"Z\\\", \\\"D\\\"]}\"}}]}";
+    const SHORT: &[u8] =
+        b"{\"choices\": [{\"message\": {\"content\": \"{\\\"ranking\\\": [\\\"D\\\", \\\"Z\\\", \\\"D\\\"]}\"}}]}";
     let server = faulty_server(|_, _| Fault::Body(SHORT));
     let scores = all_answered(&Remote::new(spec(server.url()), Reading::Generate).unwrap(), asks(1));
     // D, then B (1), C (2), A (3), E (4) of the places [3, 1, 2, 5, 4].
@@ -245,8 +249,16 @@ fn llama_cpp_ranks_as_we_do_and_loses_nobody() {
     let clean = all_answered(&direct, asks.clone());
 
     // The same through a proxy that breaks the first try of everything.
-    let kinds = [Fault::Slow(50), Fault::Status(429, Some("0.01")), Fault::Status(500, None), Fault::Truncated, Fault::Reset, Fault::Body(b"{")];
-    let broken = proxy(server.address, move |number, before| if before == 0 { kinds[number % 6].clone() } else { Fault::Pass });
+    let kinds = [
+        Fault::Slow(50),
+        Fault::Status(429, Some("0.01")),
+        Fault::Status(500, None),
+        Fault::Truncated,
+        Fault::Reset,
+        Fault::Body(b"{"),
+    ];
+    let broken =
+        proxy(server.address, move |number, before| if before == 0 { kinds[number % 6].clone() } else { Fault::Pass });
     let remote = Remote::new(llama_spec(broken.url()), Reading::Label).unwrap();
     let scores = all_answered(&remote, asks.clone());
     for (a, b) in clean.iter().flatten().zip(scores.iter().flatten()) {
@@ -260,7 +272,13 @@ fn llama_cpp_ranks_as_we_do_and_loses_nobody() {
         .iter()
         .map(|a| llm.chat().encode_chat(&[tailfuse::llm::Message::new("user", a.user.as_str())]).unwrap())
         .collect();
-    let labels = vec![(0..5).map(|l| 33 + l).map(|c| llm.chat().encode_text(&char::from(32 + c).to_string())[0]).collect::<Vec<u32>>(); 6];
+    let labels = vec![
+        (0..5)
+            .map(|l| 33 + l)
+            .map(|c| llm.chat().encode_text(&char::from(32 + c).to_string())[0])
+            .collect::<Vec<u32>>();
+        6
+    ];
     let ours = llm.label_logprobs(&ids, &labels, &mut |_| Ok(())).unwrap();
     let (mut worst, mut agree) = (0f32, 0);
     for (theirs, ours) in clean.iter().zip(&ours) {

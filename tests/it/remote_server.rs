@@ -204,7 +204,8 @@ fn by_heart(request: &Request, key: Option<&str>) -> Vec<u8> {
         return response(404, "", b"{\"error\":{\"message\":\"File Not Found\",\"code\":404}}");
     }
     let prompt = body["messages"].as_array().unwrap().last().unwrap()["content"].as_str().unwrap().to_owned();
-    let usage = json!({ "completion_tokens": 1, "prompt_tokens": prompt.len() / 4, "total_tokens": prompt.len() / 4 + 1 });
+    let usage =
+        json!({ "completion_tokens": 1, "prompt_tokens": prompt.len() / 4, "total_tokens": prompt.len() / 4 + 1 });
     let names = body.pointer("/response_format/json_schema/schema/properties/ranking/items/enum");
     let choice = match names {
         Some(names) => {
@@ -259,9 +260,12 @@ impl Drop for LlamaServer {
 
 /// A Python that has `xllamacpp`: `TAILFUSE_PYTHON`, or the one on the path.
 fn python() -> Option<PathBuf> {
-    let candidates = std::env::var_os("TAILFUSE_PYTHON").map(PathBuf::from).into_iter().chain([PathBuf::from("python3")]);
+    let candidates =
+        std::env::var_os("TAILFUSE_PYTHON").map(PathBuf::from).into_iter().chain([PathBuf::from("python3")]);
     candidates.into_iter().find(|p| {
-        let found = Command::new(p).args(["-c", "import importlib.util as u, sys; sys.exit(u.find_spec('xllamacpp') is None)"]).output();
+        let found = Command::new(p)
+            .args(["-c", "import importlib.util as u, sys; sys.exit(u.find_spec('xllamacpp') is None)"])
+            .output();
         found.is_ok_and(|o| o.status.success())
     })
 }

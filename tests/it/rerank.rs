@@ -23,7 +23,8 @@ fn write(world: &World, url: &str, more: &str) {
     let here = "model = \"llm\"\nprompts = \"prompts\"\nskipped = \"prompts.skipped\"\n";
     assert!(PIPELINE.contains(here));
     let there = format!("prompts = \"prompts\"\nskipped = \"prompts.skipped\"\n{engine}");
-    let pipeline = PIPELINE.replace(here, &there).replace("llm = \"llm\"\n", "").replace("users = 10 }", "users = 100 }");
+    let pipeline =
+        PIPELINE.replace(here, &there).replace("llm = \"llm\"\n", "").replace("users = 10 }", "users = 100 }");
     world.write("pipeline.toml", &pipeline);
 }
 
@@ -43,7 +44,9 @@ fn run(world: &World, code: i32, args: &[&str]) -> (serde_json::Value, Output) {
 
 /// (source, reason) -> users, over the published table.
 fn ends(world: &World) -> BTreeMap<(String, String), i64> {
-    let rows = world.sql("select source, coalesce(reason, '') reason, count(distinct user_id) n from recommendations group by 1, 2");
+    let rows = world.sql(
+        "select source, coalesce(reason, '') reason, count(distinct user_id) n from recommendations group by 1, 2",
+    );
     let text = |v: &serde_json::Value| v.as_str().unwrap().to_owned();
     rows.iter().map(|r| ((text(&r["source"]), text(&r["reason"])), r["n"].as_i64().unwrap())).collect()
 }
@@ -58,7 +61,10 @@ fn files_below(folder: &std::path::Path, found: &mut Vec<std::path::PathBuf>) {
 #[test]
 fn a_server_ranks_and_its_key_is_nowhere() {
     let server = by_heart_server(Some(KEY), 0);
-    let world = with_server(&server.url(), ", api_key_env = \"TAILFUSE_TEST_KEY\", price = { prompt = 2.0, completion = 10.0 }");
+    let world = with_server(
+        &server.url(),
+        ", api_key_env = \"TAILFUSE_TEST_KEY\", price = { prompt = 2.0, completion = 10.0 }",
+    );
     let output = command(&world, &["-vv", "run", "pipeline.toml"]).output().unwrap();
     let err = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{err}");
@@ -66,9 +72,13 @@ fn a_server_ranks_and_its_key_is_nowhere() {
         serde_json::from_str(String::from_utf8_lossy(&output.stdout).lines().last().unwrap()).unwrap();
     let counters = &stage(&document, "rerank")["counters"];
     assert_eq!((&counters["users_asked"], &counters["users_failed"]), (&USERS.into(), &0.into()), "{counters}");
-    let (prompt, completion) = (counters["llm_prompt_tokens"].as_f64().unwrap(), counters["llm_completion_tokens"].as_f64().unwrap());
+    let (prompt, completion) =
+        (counters["llm_prompt_tokens"].as_f64().unwrap(), counters["llm_completion_tokens"].as_f64().unwrap());
     assert!(prompt > 0.0 && completion == USERS as f64);
-    assert!((counters["llm_cost"].as_f64().unwrap() - (2.0 * prompt + 10.0 * completion) / 1e6).abs() < 2e-6, "{counters}");
+    assert!(
+        (counters["llm_cost"].as_f64().unwrap() - (2.0 * prompt + 10.0 * completion) / 1e6).abs() < 2e-6,
+        "{counters}"
+    );
     assert_eq!(ends(&world), BTreeMap::from([(("fused".into(), String::new()), USERS as i64)]));
 
     // A wrong key: the server repeats it, and we do not.
@@ -101,15 +111,22 @@ fn a_server_ranks_and_its_key_is_nowhere() {
 #[test]
 fn failures_are_fallback_rows_and_are_asked_again() {
     // The first users fail for good, each in another way; the rest are answered.
-    let faults = [(Fault::Hang, "timeout"), (Fault::Status(429, None), "rate_limited"), (Fault::Status(500, None), "server_error"),
-        (Fault::Truncated, "connection"), (Fault::Body(b"{}"), "unparsable"), (Fault::Status(400, None), "refused")];
+    let faults = [
+        (Fault::Hang, "timeout"),
+        (Fault::Status(429, None), "rate_limited"),
+        (Fault::Status(500, None), "server_error"),
+        (Fault::Truncated, "connection"),
+        (Fault::Body(b"{}"), "unparsable"),
+        (Fault::Status(400, None), "refused"),
+    ];
     let schedule = faults.clone();
     let server = faulty_server(move |number, _| schedule.get(number).map_or(Fault::Pass, |f| f.0.clone()));
     let world = with_server(&server.url(), ", retries = 1");
     let (document, _) = run(&world, 0, &[]);
     let counters = &stage(&document, "rerank")["counters"];
     assert_eq!((&counters["users_failed"], &counters["users_asked"]), (&6.into(), &USERS.into()), "{counters}");
-    let mut expected: BTreeMap<(String, String), i64> = faults.iter().map(|f| (("fallback".into(), f.1.into()), 1)).collect();
+    let mut expected: BTreeMap<(String, String), i64> =
+        faults.iter().map(|f| (("fallback".into(), f.1.into()), 1)).collect();
     expected.insert(("fused".into(), String::new()), USERS as i64 - 6);
     assert_eq!(ends(&world), expected);
     let failed = world.sql("select distinct user_id, alpha from recommendations where source = 'fallback'");
@@ -205,7 +222,8 @@ fn an_order_is_kept_while_the_user_does_nothing() {
     );
     assert!(joined[0]["n"].as_i64().unwrap() > 0);
     // Everything is on the shortlist, once.
-    let twice = world.sql("select user_id, item_id, count(*) n from \"fused\".\"shortlist\" group by 1, 2 having count(*) > 1");
+    let twice =
+        world.sql("select user_id, item_id, count(*) n from \"fused\".\"shortlist\" group by 1, 2 having count(*) > 1");
     assert!(twice.is_empty());
 }
 
@@ -246,7 +264,8 @@ fn hostile_titles_cannot_leave_the_candidates() {
     // Whatever a title says, the request is JSON with two messages.
     for body in server.bodies.lock().unwrap().iter() {
         let body: serde_json::Value = serde_json::from_slice(body).unwrap();
-        let roles: Vec<&str> = body["messages"].as_array().unwrap().iter().map(|m| m["role"].as_str().unwrap()).collect();
+        let roles: Vec<&str> =
+            body["messages"].as_array().unwrap().iter().map(|m| m["role"].as_str().unwrap()).collect();
         assert_eq!(roles, ["system", "user"]);
         assert!(body.to_string().len() < 20_000);
     }
@@ -258,7 +277,11 @@ fn permutations_are_averaged_and_their_bias_is_told() {
     let world = with_server(&server.url(), "");
     let (document, output) = run(&world, 0, &["--set", "prompts.permutations=3"]);
     let counters = &stage(&document, "rerank")["counters"];
-    assert_eq!((&counters["prompts"], &counters["order_bias_users"]), (&(3 * USERS).into(), &USERS.into()), "{counters}");
+    assert_eq!(
+        (&counters["prompts"], &counters["order_bias_users"]),
+        (&(3 * USERS).into(), &USERS.into()),
+        "{counters}"
+    );
     assert!(counters["order_bias_first_changed"].as_f64().unwrap() > 0.3, "{counters}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("another one came first"));
     let rows = world.sql("select min(prompts) p, min(first_places) a, max(first_places) b from rerank.order_bias");

@@ -328,7 +328,12 @@ mod tests {
         let (text, order) = read_order(&json(ORDER), &titles, true, &[1, 2, 3]).unwrap();
         assert!(text.contains("ranking"));
         assert_eq!(order, [1, 0, 2]);
-        assert_eq!(read_order(&json("{\"choices\":[{\"message\":{\"content\":null}}]}"), &titles, true, &[1, 2, 3]).unwrap_err().reason(), "unparsable");
+        assert_eq!(
+            read_order(&json("{\"choices\":[{\"message\":{\"content\":null}}]}"), &titles, true, &[1, 2, 3])
+                .unwrap_err()
+                .reason(),
+            "unparsable"
+        );
     }
 
     #[test]
@@ -339,12 +344,18 @@ mod tests {
         assert_eq!(*items, json!(["Alien", "Brazil"]));
         assert_eq!(body.pointer("/messages/0/role").unwrap(), "system");
         let body = generate_body(&spec(Dialect::Tgi), "", "U", &titles, &['A', 'B', 'C']);
-        assert_eq!(body.pointer("/response_format/value/properties/ranking/items/enum").unwrap(), &json!(["A", "B", "C"]));
+        assert_eq!(
+            body.pointer("/response_format/value/properties/ranking/items/enum").unwrap(),
+            &json!(["A", "B", "C"])
+        );
         assert_eq!(body["messages"].as_array().unwrap().len(), 1);
         let text = RemoteSpec { structured: Structured::Text, ..spec(Dialect::Openai) };
         assert!(generate_body(&text, "", "U", &titles, &[]).get("response_format").is_none());
         let body = label_body(&spec(Dialect::Openai), "S", "U");
-        assert_eq!((&body["max_tokens"], &body["top_logprobs"], &body["logprobs"]), (&json!(1), &json!(20), &json!(true)));
+        assert_eq!(
+            (&body["max_tokens"], &body["top_logprobs"], &body["logprobs"]),
+            (&json!(1), &json!(20), &json!(true))
+        );
         let body = prompt_logprobs_body(&spec(Dialect::Vllm), "S", "U", "Alien");
         assert_eq!(body.pointer("/messages/2").unwrap(), &json!({ "role": "assistant", "content": "Alien" }));
         assert_eq!(body["add_generation_prompt"], false);
@@ -354,8 +365,30 @@ mod tests {
     /// Bytes of a good answer with something done to them.
     fn mutated(rng: &mut ChaCha8Rng, base: &str) -> Vec<u8> {
         const WORDS: [&str; 24] = [
-            "null", "\"\"", "[]", "{}", "1e999", "-1e400", "-0", "true", "\"logprob\":", "\"A\"", "\"\\ud800\"", "[[[[", "}}", ",",
-            "\\u0000", "999999999999999999999", "\"content\":", "\"Aliens\"", "\u{202e}", "NaN", "\"top_logprobs\":[", "\n", "\"text_offset\":", "-3",
+            "null",
+            "\"\"",
+            "[]",
+            "{}",
+            "1e999",
+            "-1e400",
+            "-0",
+            "true",
+            "\"logprob\":",
+            "\"A\"",
+            "\"\\ud800\"",
+            "[[[[",
+            "}}",
+            ",",
+            "\\u0000",
+            "999999999999999999999",
+            "\"content\":",
+            "\"Aliens\"",
+            "\u{202e}",
+            "NaN",
+            "\"top_logprobs\":[",
+            "\n",
+            "\"text_offset\":",
+            "-3",
         ];
         let mut bytes = base.as_bytes().to_vec();
         for _ in 0..rng.random_range(1..=6) {

@@ -73,7 +73,11 @@ fn ways(text: &str) -> Vec<Vec<String>> {
     for separators in [[';', '>', '|'].as_slice(), &[','], &[' ']] {
         if text.contains(separators) {
             let pieces = lines.iter().flat_map(|l| l.split(separators)).map(str::trim).filter(|p| !p.is_empty());
-            ways.push(pieces.take(ENTRIES).map(str::to_owned).collect());
+            let pieces: Vec<String> = pieces.take(ENTRIES).map(str::to_owned).collect();
+            // Words are no entries, letters are: `C A B`.
+            if separators != [' '] || pieces.iter().all(|p| p.len() <= 3 && !p.contains('.')) {
+                ways.push(pieces);
+            }
         }
     }
     ways
@@ -173,6 +177,8 @@ fn meant(entry: &str, known: &[String], letters: bool, taken: &[bool]) -> Option
             (_, Some(b)) => Some(b),
             _ => None,
         },
+        // `3. B` counts lines too.
+        (Some(Mark::Number(_)), false) if letters && rest.len() == 1 => meant(&rest, known, letters, taken),
         (Some(_), false) => by_title.or_else(|| resembling(&whole, known)),
         (None, _) => resembling(&whole, known),
     }
@@ -188,16 +194,22 @@ fn titled(title: &str, known: &[String], taken: &[bool]) -> Option<usize> {
 /// The only candidate whose title an entry could be: cut short, with something added, or misspelt.
 fn resembling(entry: &str, known: &[String]) -> Option<usize> {
     let length = entry.chars().count();
-    let within = |longer: &str, shorter: &str| {
-        let n = shorter.chars().count();
-        n >= 3
-            && 2 * n >= longer.chars().count()
-            && longer.match_indices(shorter).any(|(at, found)| {
-                let borders = |c: Option<char>| !c.is_some_and(char::is_alphanumeric);
-                borders(longer[..at].chars().next_back()) && borders(longer[at + found.len()..].chars().next())
+    let borders = |c: Option<char>| !c.is_some_and(char::is_alphanumeric);
+    let mostly = |longer: &str, shorter: &str| 2 * shorter.chars().count() >= longer.chars().count();
+    // A title without its year, or with half of it gone.
+    let cut = |title: &str| {
+        title
+            .strip_prefix(entry)
+            .is_some_and(|rest| rest.starts_with(" (") || (borders(rest.chars().next()) && mostly(title, entry)))
+    };
+    let holds = |title: &str| {
+        mostly(entry, title)
+            && entry.match_indices(title).any(|(at, found)| {
+                borders(entry[..at].chars().next_back()) && borders(entry[at + found.len()..].chars().next())
             })
     };
-    let mut parts = (0..known.len()).filter(|&p| within(&known[p], entry) || within(entry, &known[p]));
+    let mut parts =
+        (0..known.len()).filter(|&p| length >= 3 && !known[p].is_empty() && (cut(&known[p]) || holds(&known[p])));
     match (parts.next(), parts.next()) {
         (Some(only), None) => return Some(only),
         (Some(_), Some(_)) => return None,
