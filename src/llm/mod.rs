@@ -23,6 +23,7 @@ pub mod quant;
 pub mod radix;
 pub mod ranking;
 pub mod rating;
+pub mod remote;
 pub mod rope;
 pub mod safetensors;
 pub mod scheduler;
