@@ -189,6 +189,29 @@ impl ChatTokenizer {
         Ok(ids)
     }
 
+    /// Tokenizer and template as the files of a Hugging Face folder, by name; none for a folder of weights alone.
+    ///
+    /// # Errors
+    /// Only our bugs.
+    pub fn to_files(&self) -> Result<Vec<(&'static str, String)>> {
+        let Some(tokenizer) = &self.tokenizer else { return Ok(Vec::new()) };
+        let mut settings = serde_json::json!({
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.config.context,
+            "clean_up_tokenization_spaces": false,
+        });
+        let mut files = vec![("tokenizer.json", tokenizer.to_json()?)];
+        if let Some(template) = &self.template {
+            for (key, token) in [("bos_token", &template.bos), ("eos_token", &template.eos)] {
+                if !token.is_empty() {
+                    settings[key] = Json::String(token.clone());
+                }
+            }
+            files.push(("chat_template.jinja", template.source.clone()));
+        }
+        files.push(("tokenizer_config.json", format!("{settings:#}")));
+        Ok(files)
+    }
+
     /// The rendered text of a conversation.
     ///
     /// # Errors

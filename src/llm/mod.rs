@@ -14,6 +14,7 @@ pub mod cpu;
 pub mod decoder;
 pub mod engine;
 pub mod gguf;
+pub mod item;
 pub mod ledger;
 pub mod model;
 pub mod options;
@@ -22,6 +23,7 @@ pub mod quant;
 pub mod radix;
 pub mod ranking;
 pub mod rating;
+pub mod remote;
 pub mod rope;
 pub mod safetensors;
 pub mod scheduler;
@@ -29,6 +31,7 @@ pub mod scoring;
 pub mod serve;
 pub mod tokenizer;
 pub mod trie;
+pub mod tune;
 pub mod weights;
 
 use std::path::Path;
@@ -46,6 +49,7 @@ use self::cpu::CpuModel;
 use self::cpu::kernels::Isa;
 use self::engine::{Engine, Local};
 use self::model::{BurnModel, Placement};
+use self::tune::LoraFile;
 use self::weights::Weights;
 use crate::device::{Device, DeviceChoice, ModelBackend, OnBackend};
 use crate::error::{Error, Result};
@@ -86,9 +90,22 @@ impl Llm {
     /// # Errors
     /// As [`Llm::open`].
     pub fn open_with(path: &Path, device: DeviceChoice, options: LlmOptions) -> Result<Self> {
+        Self::open_adapted(path, None, device, options)
+    }
+
+    /// The same with an adapter, which is added to the weights as they are loaded.
+    ///
+    /// # Errors
+    /// As [`Llm::open`]; exit 65 where the adapter is of another model.
+    pub fn open_adapted(
+        path: &Path,
+        adapter: Option<LoraFile>,
+        device: DeviceChoice,
+        options: LlmOptions,
+    ) -> Result<Self> {
         let opened = device.open()?;
         let chat = ChatTokenizer::open_weights_only(path)?;
-        let weights = Weights::open(path)?;
+        let weights = Weights::open(path)?.with_adapter(adapter)?;
         let engine: Box<dyn Engine> = if matches!(opened.device, Device::Cpu) {
             // Our own arrangement of the same arithmetic; see `cpu/mod.rs`.
             Box::new(Local::new(CpuModel::load_with(&weights, Isa::detect(), options.precision)?, options))

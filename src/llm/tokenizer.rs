@@ -137,6 +137,14 @@ impl Tokenizer {
         Ok(Tokenizer { plain, parsing: OnceLock::new(), special, size })
     }
 
+    /// As the text of a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// Only our bugs.
+    pub fn to_json(&self) -> Result<String> {
+        self.plain.to_string(true).map_err(|e| Error::internal(format!("a tokenizer has no JSON: {e}")))
+    }
+
     /// Ids of a text in which special tokens are plain characters.
     pub fn encode_text(&self, text: &str) -> Vec<u32> {
         encode(&self.plain, text)

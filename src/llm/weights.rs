@@ -12,6 +12,7 @@ use super::config::LlamaConfig;
 use super::gguf::Gguf;
 use super::quant::BlockType;
 use super::safetensors::Checkpoint;
+use super::tune::LoraFile;
 use crate::error::{Error, Result};
 
 /// The file or folder behind [`Weights`].
@@ -25,6 +26,7 @@ pub struct Weights {
     path: PathBuf,
     store: Store,
     config: LlamaConfig,
+    adapter: Option<LoraFile>,
 }
 
 /// Whether a path is a model folder (else a GGUF file).
@@ -47,7 +49,7 @@ impl Weights {
             let config = LlamaConfig::from_gguf(&gguf)?;
             (Store::Gguf(gguf), config)
         };
-        let weights = Weights { path: path.to_owned(), store, config };
+        let weights = Weights { path: path.to_owned(), store, config, adapter: None };
         weights.check()?;
         Ok(weights)
     }
@@ -57,9 +59,36 @@ impl Weights {
         &self.config
     }
 
+    /// The shape of the model, for tests that spoil it.
+    #[cfg(test)]
+    pub(crate) fn config_mut(&mut self) -> &mut LlamaConfig {
+        &mut self.config
+    }
+
+    /// The same model with an adapter added to its matrices.
+    ///
+    /// # Errors
+    /// The adapter is of another model (exit 65).
+    pub fn with_adapter(mut self, adapter: Option<LoraFile>) -> Result<Self> {
+        if let Some(adapter) = &adapter {
+            adapter.check(&self.config)?;
+        }
+        self.adapter = adapter;
+        Ok(self)
+    }
+
     /// The values of a tensor by its Hugging Face name, e.g. `model.layers.0.self_attn.q_proj.weight`:
     /// `[rows, columns]` row by row, or `[columns]`.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let mut values = self.own_values(name)?;
+        if let Some(adapter) = &self.adapter {
+            adapter.add_to(name, &mut values);
+        }
+        Ok(values)
+    }
+
+    /// Those of the file, without the adapter.
+    fn own_values(&self, name: &str) -> Result<Vec<f32>> {
         match &self.store {
             Store::Folder(checkpoint) => checkpoint.values(name),
             Store::Gguf(gguf) => {
@@ -77,7 +106,14 @@ impl Weights {
     /// # Errors
     /// Exit 65 where there is no such tensor, or its type cannot be read. Values are not looked at: a damaged file may
     /// hold infinities, which [`Weights::values`] refuses.
+    ///
+    /// A matrix that an adapter adds to is f32, whatever the file holds.
     pub fn blocks(&self, name: &str) -> Result<Blocks<'_>> {
+        if let Some([a, b]) = self.adapter.as_ref().and_then(|adapter| adapter.of(name)) {
+            let bytes = self.values(name)?.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let (rows, columns) = (b.shape[0], a.shape[1]);
+            return Ok(Blocks { block_type: BlockType::F32, rows, columns, bytes: Cow::Owned(bytes) });
+        }
         let (block_type, dims, bytes) = match &self.store {
             Store::Folder(checkpoint) => checkpoint.bytes(name)?,
             Store::Gguf(gguf) => {

@@ -99,8 +99,10 @@ async fn look_up(
     } else if let Some(record) = cache.find(&fingerprint).await? {
         node.seconds = Some(record.seconds);
         node.rows = record.outputs.iter().filter_map(|(n, o)| Some((n.clone(), o.rows?))).collect();
+        let again = record.ask_again();
+        // Its tables are there to be read all the same.
         node.record = Some(record);
-        State::Cached
+        if again { will_run("some got no answer last time") } else { State::Cached }
     } else {
         will_run(otherwise)
     };

@@ -195,6 +195,10 @@ impl StageContext {
     }
 }
 
+/// Counter of a result that another run of the same inputs may better: an answer was not to be had this time. Where it is
+/// `true`, the result is used in this run and not taken from the cache in the next.
+pub const ASK_AGAIN: &str = "ask_again";
+
 /// What a stage gives back.
 #[derive(Default)]
 pub struct StageResult {

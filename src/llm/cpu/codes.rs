@@ -335,7 +335,7 @@ mod tests {
     }
 
     fn matrix(kind: BlockType, bytes: &[u8]) -> Blocks<'_> {
-        Blocks { block_type: kind, rows: 1, columns: 0, bytes: Cow::Borrowed(bytes) }
+        Blocks { block_type: kind, rows: 0, columns: 0, bytes: Cow::Borrowed(bytes) }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! In: tensors of [`Weights`] and what precision is asked for. Out: [`Linear`], either f32 panels (`product.rs`) or the
 //! integers of a quantised file (`codes.rs`).
 
-use super::codes::{Codes, has_codes};
+use super::codes::Codes;
 use super::kernels::{Isa, LANES};
 use super::product::Packed;
 use crate::error::Result;
@@ -51,9 +51,7 @@ impl Linear {
     pub fn pack(weights: &Weights, names: &[String], k: usize, precision: Precision) -> Result<Self> {
         if precision != Precision::F32 {
             let blocks = names.iter().map(|n| weights.blocks(n)).collect::<Result<Vec<Blocks<'_>>>>()?;
-            if blocks.iter().all(|b| has_codes(b.block_type))
-                && let Some(codes) = Codes::pack(&blocks, k, precision != Precision::Int8)
-            {
+            if let Some(codes) = Codes::pack(&blocks, k, precision != Precision::Int8) {
                 return Ok(Linear::Codes(codes));
             }
         }
