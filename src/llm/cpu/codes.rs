@@ -8,7 +8,7 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::dot::{Dot, QUADS, dot, tile_rows};
+use super::dot::{Dot, Form, QUADS, dot, tile_rows};
 use super::kernels::{Isa, LANES, PORTABLE_FMA, for_each_isa};
 use crate::llm::quant::BlockType;
 use crate::llm::weights::Blocks;
@@ -182,7 +182,7 @@ impl Codes {
         assert!(panels.start <= panels.end && panels.end <= self.panels(), "panels are within the matrix");
         assert!(a.len() == rows * self.k && c.len() == rows * width, "a product's rows fit each other");
         ROWS.with_borrow_mut(|side| {
-            side.fill(isa, a, self.k, self.wide, self.zero);
+            side.fill(isa, a, self);
             let p = Dot {
                 quads: side.quads.as_ptr(),
                 row_scales: side.scales.as_ptr(),
@@ -198,7 +198,7 @@ impl Codes {
                 rows,
                 panels: panels.len(),
                 blocks,
-                wide: self.wide,
+                form: Form::of(isa, self.wide),
                 add,
             };
             // SAFETY: the lengths were checked above, `fill` made all tiles of the rows, the matrix holds all its
@@ -211,59 +211,93 @@ impl Codes {
 /// Rows of activations as integers; the layout is [`Dot`]'s.
 #[derive(Default)]
 struct Rows {
-    quads: Vec<i8>,
+    quads: Vec<u8>,
     scales: Vec<f32>,
     sums: Vec<u32>,
 }
 
 impl Rows {
-    fn fill(&mut self, isa: Isa, a: &[f32], k: usize, wide: bool, zero: Option<i32>) {
-        let tile = tile_rows(isa);
-        let blocks = k / BLOCK;
-        let padded = (a.len() / k).next_multiple_of(tile) * blocks;
-        self.quads.resize(padded * BLOCK * if wide { 2 } else { 1 }, 0);
+    fn fill(&mut self, isa: Isa, a: &[f32], side: &Codes) {
+        let (tile, blocks, form) = (tile_rows(isa), side.k / BLOCK, Form::of(isa, side.wide));
+        let padded = (a.len() / side.k).next_multiple_of(tile) * blocks;
+        self.quads.resize(padded * BLOCK * form.size(), 0);
         self.scales.resize(padded, 0.0);
         self.sums.resize(padded, 0);
-        let out = Target { quads: &mut self.quads, scales: &mut self.scales, sums: &mut self.sums, tile, zero };
-        if wide { round_wide(isa, a, blocks, out) } else { round_narrow(isa, a, blocks, out) }
+        let out = Target {
+            quads: &mut self.quads,
+            scales: &mut self.scales,
+            sums: &mut self.sums,
+            tile,
+            zero: side.zero,
+            limit: if side.wide { WIDE_LIMIT } else { NARROW_LIMIT },
+        };
+        match form {
+            Form::Bytes => round_to_bytes(isa, a, blocks, out),
+            Form::TwoBytes => round_to_two_bytes(isa, a, blocks, out),
+            Form::Words => round_to_words(isa, a, blocks, out),
+        }
     }
 }
 
-/// Where rounded rows go.
+/// Where rounded rows go, and how.
 struct Target<'a> {
-    quads: &'a mut [i8],
+    quads: &'a mut [u8],
     scales: &'a mut [f32],
     sums: &'a mut [u32],
     tile: usize,
     zero: Option<i32>,
+    limit: f32,
 }
 
 for_each_isa! {
-    /// Rounds rows of `blocks` blocks to 16 bits.
-    fn round_wide(isa; a: &[f32], blocks: usize, out: Target<'_>) = round_wide_body
+    /// Rounds rows of `blocks` blocks to [`Form::Bytes`].
+    fn round_to_bytes(isa; a: &[f32], blocks: usize, out: Target<'_>) = bytes_body
 }
 
 for_each_isa! {
-    /// Rounds rows of `blocks` blocks to 8 bits.
-    fn round_narrow(isa; a: &[f32], blocks: usize, out: Target<'_>) = round_narrow_body
+    /// Rounds rows of `blocks` blocks to [`Form::TwoBytes`].
+    fn round_to_two_bytes(isa; a: &[f32], blocks: usize, out: Target<'_>) = two_bytes_body
+}
+
+for_each_isa! {
+    /// Rounds rows of `blocks` blocks to [`Form::Words`].
+    fn round_to_words(isa; a: &[f32], blocks: usize, out: Target<'_>) = words_body
 }
 
 #[inline(always)]
-fn round_wide_body<const FMA: bool>(a: &[f32], blocks: usize, out: Target<'_>) {
-    round_body::<2>(a, blocks, out);
+fn bytes_body<const FMA: bool>(a: &[f32], blocks: usize, out: Target<'_>) {
+    round_body(a, blocks, out, |v| [v.map(|v| v as u8)]);
 }
 
 #[inline(always)]
-fn round_narrow_body<const FMA: bool>(a: &[f32], blocks: usize, out: Target<'_>) {
-    round_body::<1>(a, blocks, out);
+fn two_bytes_body<const FMA: bool>(a: &[f32], blocks: usize, out: Target<'_>) {
+    // The low byte is signed too, so the high one takes its carry.
+    let high = |v: i32| v.wrapping_add(128) >> 8;
+    round_body(a, blocks, out, |v| [v.map(|v| high(v) as u8), v.map(|v| v as u8)]);
 }
 
 #[inline(always)]
-fn round_body<const PARTS: usize>(a: &[f32], blocks: usize, out: Target<'_>) {
+fn words_body<const FMA: bool>(a: &[f32], blocks: usize, out: Target<'_>) {
+    round_body(a, blocks, out, |v| {
+        let mut bytes = [[0u8; 2]; BLOCK];
+        bytes.iter_mut().zip(v).for_each(|(b, v)| *b = (v as i16).to_ne_bytes());
+        [bytes]
+    });
+}
+
+/// Rounds rows; `hold` makes the parts of a block, which are stored four values of each row at a time.
+#[inline(always)]
+fn round_body<T: Copy, const PARTS: usize>(
+    a: &[f32],
+    blocks: usize,
+    out: Target<'_>,
+    hold: impl Fn([i32; BLOCK]) -> [[T; BLOCK]; PARTS],
+) where
+    [T; BLOCK]: bytemuck::Pod,
+{
     // Adding 1.5 * 2^23 rounds to the nearest integer (ties to even), which then sits in the low bits.
     const ROUND: f32 = 12_582_912.0;
-    let tile = out.tile;
-    let limit = if PARTS == 2 { WIDE_LIMIT } else { NARROW_LIMIT };
+    let (tile, four) = (out.tile, 4 * size_of::<T>());
     for (row, a) in a.chunks_exact(blocks * BLOCK).enumerate() {
         for (b, a) in a.as_chunks::<BLOCK>().0.iter().enumerate() {
             // As integers, magnitudes are in order, and what is not finite is largest.
@@ -277,27 +311,22 @@ fn round_body<const PARTS: usize>(a: &[f32], blocks: usize, out: Target<'_>) {
             // What is smaller would overflow the division; it is 0 beside any other block.
             let (scale, inverse) = match largest {
                 l if l < 1e-30 => (0.0, 0.0),
-                l if l.is_finite() => (l / limit, limit / l),
+                l if l.is_finite() => (l / out.limit, out.limit / l),
                 _ => (f32::NAN, 0.0),
             };
-            let mut parts = [[0i8; BLOCK]; PARTS];
-            let mut sum = 0i32;
-            for (i, v) in a.iter().enumerate() {
-                let v = (v * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-                sum = sum.wrapping_add(v);
-                if PARTS == 2 {
-                    let high = v.wrapping_add(128) >> 8;
-                    parts[0][i] = high as i8;
-                    parts[1][i] = v.wrapping_sub(high << 8) as i8;
-                } else {
-                    parts[0][i] = v as i8;
-                }
+            let mut values = [0i32; BLOCK];
+            for (i, v) in values.iter_mut().zip(a) {
+                *i = (v * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
             }
+            let sum = values.iter().fold(0i32, |s, v| s.wrapping_add(*v));
             let first = row / tile * blocks + b;
-            let quads = &mut out.quads[first * PARTS * BLOCK * tile..(first + 1) * PARTS * BLOCK * tile];
-            for (quad, four) in parts.iter().flat_map(|p| p.as_chunks::<4>().0).enumerate() {
-                let at = (quad * tile + row % tile) * 4;
-                quads[at..at + 4].copy_from_slice(four);
+            let size = PARTS * QUADS * four * tile;
+            let quads = &mut out.quads[first * size..(first + 1) * size];
+            let parts = hold(values);
+            let fours = parts.iter().flat_map(|p| bytemuck::bytes_of(p).chunks_exact(four));
+            for (quad, bytes) in fours.enumerate() {
+                let at = (quad * tile + row % tile) * four;
+                quads[at..at + four].copy_from_slice(bytes);
             }
             let at = first * tile + row % tile;
             out.scales[at] = scale;
