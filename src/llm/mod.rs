@@ -7,12 +7,15 @@
 //! arithmetic (`cpu`, or `model` on any Burn back end), and [`engine`] schedules prompts over it.
 
 pub mod architectures;
+pub mod bytes;
 pub mod chat;
 pub mod config;
 pub mod cpu;
 pub mod decoder;
 pub mod engine;
 pub mod gguf;
+#[cfg(test)]
+mod hostile;
 pub mod ledger;
 pub mod model;
 pub mod pack;
