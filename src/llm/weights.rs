@@ -39,15 +39,23 @@ impl Weights {
     /// # Errors
     /// Exit 65, with the name of the tensor.
     pub fn open(path: &Path) -> Result<Self> {
-        let (store, config) = if is_folder(path) {
-            let config = LlamaConfig::from_hf(&path.join("config.json"))?;
-            (Store::Folder(Checkpoint::open(path)?), config)
-        } else {
-            let gguf = Gguf::open(path)?;
-            let config = LlamaConfig::from_gguf(&gguf)?;
-            (Store::Gguf(gguf), config)
-        };
+        if !is_folder(path) {
+            return Self::from_gguf(Gguf::open(path)?);
+        }
+        let config = LlamaConfig::from_hf(&path.join("config.json"))?;
+        let store = Store::Folder(Checkpoint::open(path)?);
         let weights = Weights { path: path.to_owned(), store, config };
+        weights.check()?;
+        Ok(weights)
+    }
+
+    /// Takes an opened GGUF file, as [`Weights::open`] does.
+    ///
+    /// # Errors
+    /// As [`Weights::open`].
+    pub fn from_gguf(gguf: Gguf) -> Result<Self> {
+        let config = LlamaConfig::from_gguf(&gguf)?;
+        let weights = Weights { path: gguf.path().to_owned(), store: Store::Gguf(gguf), config };
         weights.check()?;
         Ok(weights)
     }
@@ -55,6 +63,12 @@ impl Weights {
     /// The shape of the model.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
+    }
+
+    /// The shape of the model, for tests that spoil it.
+    #[cfg(test)]
+    pub(crate) fn config_mut(&mut self) -> &mut LlamaConfig {
+        &mut self.config
     }
 
     /// The values of a tensor by its Hugging Face name, e.g. `model.layers.0.self_attn.q_proj.weight`:
@@ -79,7 +93,10 @@ impl Weights {
     /// hold infinities, which [`Weights::values`] refuses.
     pub fn blocks(&self, name: &str) -> Result<Blocks<'_>> {
         let (block_type, dims, bytes) = match &self.store {
-            Store::Folder(checkpoint) => checkpoint.bytes(name)?,
+            Store::Folder(checkpoint) => {
+                let (block_type, shape, bytes) = checkpoint.bytes(name)?;
+                (block_type, shape.to_vec(), bytes)
+            }
             Store::Gguf(gguf) => {
                 let (info, bytes) = gguf.bytes(&gguf_name(name))?;
                 (info.block_type, info.dims.iter().rev().copied().collect(), bytes)
@@ -102,10 +119,10 @@ impl Weights {
     }
 
     /// Sizes of a tensor, slowest first.
-    fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
         match &self.store {
-            Store::Folder(checkpoint) => checkpoint.shape(name),
-            Store::Gguf(gguf) => Ok(gguf.tensor(&gguf_name(name)).map(|t| t.dims.iter().rev().copied().collect())),
+            Store::Folder(checkpoint) => checkpoint.shape(name).map(<[usize]>::to_vec),
+            Store::Gguf(gguf) => gguf.tensor(&gguf_name(name)).map(|t| t.dims.iter().rev().copied().collect()),
         }
     }
 
@@ -113,7 +130,7 @@ impl Weights {
         let fault = |what: String| Error::data(format!("{}: {what}", self.path.display()));
         let expected = tensors(&self.config);
         for TensorName { hf: name, shape, .. } in &expected {
-            match self.shape(name)? {
+            match self.shape(name) {
                 Some(found) if found == *shape => {}
                 Some(found) => {
                     return Err(fault(format!(
