@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use self::kernels::{Isa, LANES};
 use self::linear::{Linear, Precision};
 use super::config::LlamaConfig;
-use super::decoder::{Decoder, Wanted};
+use super::decoder::{Decoder, PassSize, Wanted};
 use super::pack::{Pack, Read, Run};
 use super::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_bias, layer_tensor};
 use crate::error::{Error, Result};
@@ -387,18 +387,18 @@ impl Decoder for CpuModel {
         4 * 2 * self.config.layers * self.config.kv_width()
     }
 
-    fn pass_bytes(&self, tokens: usize, seen: usize, read: usize) -> usize {
+    fn pass_bytes(&self, PassSize { tokens, seen, .. }: PassSize) -> usize {
         let c = &self.config;
         let head = self.head.panels() * LANES;
         let inner = 2 * c.intermediate + LANES;
         let rows = tokens * (c.hidden + self.qkv_width() + c.q_width() + 2 * self.frequencies.len())
-            + read * (2 * c.hidden + c.q_width())
+            + tokens * (2 * c.hidden + c.q_width())
             + HEAD_ROWS * (2 * head + c.hidden)
             + head;
         let block = BLOCK_ROWS * (2 * c.hidden + LANES + inner + c.intermediate);
         let threads = rayon::current_num_threads().max(1);
         // Besides: runs, reads and tasks, which are lists of a few words per token.
-        4 * rows + threads * (4 * block + attention::scratch_bytes(c, seen)) + 512 * (tokens + read)
+        4 * rows + threads * (4 * block + attention::scratch_bytes(c, seen)) + 1024 * tokens
     }
 
     fn slice(&self, segment: &Segment, from: usize, len: usize) -> Segment {
