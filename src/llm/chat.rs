@@ -222,9 +222,14 @@ impl ChatTokenizer {
             match piece {
                 Piece::Special(id) => ids.push(id),
                 Piece::Text(text) => {
-                    let text = if text.contains(mark) { Cow::Owned(text.replace(mark, "")) } else { Cow::Borrowed(text) };
+                    let text =
+                        if text.contains(mark) { Cow::Owned(text.replace(mark, "")) } else { Cow::Borrowed(text) };
                     let first = n == 0 && self.bos.is_none();
-                    ids.extend(if first { tokenizer.encode_text(&text) } else { tokenizer.encode_after_special(&text) });
+                    ids.extend(if first {
+                        tokenizer.encode_text(&text)
+                    } else {
+                        tokenizer.encode_after_special(&text)
+                    });
                 }
             }
         }

@@ -111,6 +111,17 @@ pub unsafe fn dot(isa: Isa, p: Dot) {
     }
 }
 
+/// As [`dot`] for weights that are words too: panels are `[panels][blocks][2 QUADS][16][2]` words without minima, rows come in
+/// [`Form::Words`] and tiles of [`tile_rows`] of VNNI, and all integers are at most 8,000 in magnitude.
+///
+/// # Safety
+/// As [`dot`]; the machine must have VNNI.
+#[cfg(target_arch = "x86_64")]
+pub unsafe fn dot_of_words(p: Dot) {
+    // SAFETY: the caller's promise.
+    unsafe { vnni::dot_of_words(p) }
+}
+
 /// Plain loops in the same order.
 unsafe fn dot_portable(p: Dot) {
     for panel in 0..p.panels {
@@ -248,7 +259,7 @@ mod vnni {
     }
 
     macro_rules! tiles {
-        ($name:ident, $wide:literal) => {
+        ($name:ident, $tile:ident, $wide:literal) => {
             #[target_feature(enable = "avx512f,avx512vl,avx512vnni,avx2,fma")]
             pub unsafe fn $name(p: Dot) {
                 for panel in 0..p.panels {
@@ -257,20 +268,20 @@ mod vnni {
                         // SAFETY: the caller's promise, tile by tile.
                         unsafe {
                             match p.rows - row {
-                                1 => tile::<1, $wide>(p, row, panel),
-                                2 => tile::<2, $wide>(p, row, panel),
-                                3 => tile::<3, $wide>(p, row, panel),
-                                4 => tile::<4, $wide>(p, row, panel),
-                                5 => tile::<5, $wide>(p, row, panel),
-                                6 => tile::<6, $wide>(p, row, panel),
-                                7 => tile::<7, $wide>(p, row, panel),
-                                8 => tile::<8, $wide>(p, row, panel),
-                                9 => tile::<9, $wide>(p, row, panel),
-                                10 => tile::<10, $wide>(p, row, panel),
-                                11 => tile::<11, $wide>(p, row, panel),
-                                12 => tile::<12, $wide>(p, row, panel),
-                                13 => tile::<13, $wide>(p, row, panel),
-                                _ => tile::<TILE, $wide>(p, row, panel),
+                                1 => $tile::<1, $wide>(p, row, panel),
+                                2 => $tile::<2, $wide>(p, row, panel),
+                                3 => $tile::<3, $wide>(p, row, panel),
+                                4 => $tile::<4, $wide>(p, row, panel),
+                                5 => $tile::<5, $wide>(p, row, panel),
+                                6 => $tile::<6, $wide>(p, row, panel),
+                                7 => $tile::<7, $wide>(p, row, panel),
+                                8 => $tile::<8, $wide>(p, row, panel),
+                                9 => $tile::<9, $wide>(p, row, panel),
+                                10 => $tile::<10, $wide>(p, row, panel),
+                                11 => $tile::<11, $wide>(p, row, panel),
+                                12 => $tile::<12, $wide>(p, row, panel),
+                                13 => $tile::<13, $wide>(p, row, panel),
+                                _ => $tile::<TILE, $wide>(p, row, panel),
                             }
                         }
                         row += TILE;
@@ -279,8 +290,49 @@ mod vnni {
             }
         };
     }
-    tiles!(dot_wide, true);
-    tiles!(dot_narrow, false);
+    tiles!(dot_wide, tile, true);
+    tiles!(dot_narrow, tile, false);
+    tiles!(dot_of_words, tile_of_words, true);
+
+    /// Words by words: `vpdpwssd`, two products a lane.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512vnni,avx2,fma")]
+    unsafe fn tile_of_words<const ROWS: usize, const WIDE: bool>(p: Dot, row: usize, panel: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let first = row / TILE * p.blocks;
+            let mut words = p.quads.add(first * tile_bytes(WIDE));
+            let mut row_scales = p.row_scales.add(first * TILE);
+            let at = panel * p.blocks * LANES;
+            let mut weights = p.codes.add(at * BLOCK * 2);
+            let mut scales = p.scales.add(at);
+            let mut total = [_mm512_setzero_ps(); ROWS];
+            for _ in 0..p.blocks {
+                let mut sums = [_mm512_setzero_si512(); ROWS];
+                for pair in 0..2 * QUADS {
+                    let w = _mm512_load_si512(weights.add(pair * 64).cast());
+                    for (r, s) in sums.iter_mut().enumerate() {
+                        let a = words.add((pair / 2 * TILE + r) * 8 + pair % 2 * 4).cast::<i32>().read_unaligned();
+                        *s = _mm512_dpwssd_epi32(*s, w, _mm512_set1_epi32(a));
+                    }
+                }
+                let d = _mm512_load_ps(scales);
+                for r in 0..ROWS {
+                    let scale = _mm512_mul_ps(d, _mm512_set1_ps(*row_scales.add(r)));
+                    total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), scale, total[r]);
+                }
+                weights = weights.add(BLOCK * LANES * 2);
+                scales = scales.add(LANES);
+                words = words.add(tile_bytes(WIDE));
+                row_scales = row_scales.add(TILE);
+            }
+            for (r, t) in total.iter().enumerate() {
+                let c = p.c.add((row + r) * p.c_stride + panel * LANES);
+                let t = if p.add { _mm512_add_ps(*t, _mm512_loadu_ps(c)) } else { *t };
+                _mm512_storeu_ps(c, t);
+            }
+        }
+    }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512vl,avx512vnni,avx2,fma")]

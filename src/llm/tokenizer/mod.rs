@@ -123,7 +123,8 @@ impl Tokenizer {
             .filter_map(|id| {
                 let (text, kind) = pieces.piece(id)?;
                 let control = matches!(kind, Kind::Control | Kind::Unknown);
-                let is_special = (control || kind == Kind::UserDefined && is_markup(text)) && text.chars().nth(1).is_some();
+                let is_special =
+                    (control || kind == Kind::UserDefined && is_markup(text)) && text.chars().nth(1).is_some();
                 is_special.then(|| SpecialToken {
                     id,
                     text: text.to_owned(),
@@ -234,7 +235,9 @@ fn without_prefix(backend: &Backend, all: bool) -> Option<Backend> {
     let mut pre = serde_json::to_value(backend.get_pre_tokenizer()).ok()?;
     let mut normalizer = serde_json::to_value(backend.get_normalizer()).ok()?;
     each_step(&mut pre, "pretokenizers", &mut |step| {
-        if step["type"] == "Metaspace" && (step["prepend_scheme"] == "first" || all && step["prepend_scheme"] == "always") {
+        if step["type"] == "Metaspace"
+            && (step["prepend_scheme"] == "first" || all && step["prepend_scheme"] == "always")
+        {
             step["prepend_scheme"] = json!("never");
             changed = true;
         }
@@ -308,9 +311,11 @@ mod tests {
     #[test]
     fn white_space_goes_where_the_model_puts_it() {
         let want: Json = serde_json::from_slice(&std::fs::read(golden("golden.json")).unwrap()).unwrap();
-        for (file, key) in
-            [("spm-first.json", "with_special_first"), ("spm.json", "with_special_legacy"), ("spm.gguf", "with_special_legacy")]
-        {
+        for (file, key) in [
+            ("spm-first.json", "with_special_first"),
+            ("spm.json", "with_special_legacy"),
+            ("spm.gguf", "with_special_legacy"),
+        ] {
             let want = &want["spm"][key];
             let ids: Vec<u32> = serde_json::from_value(want["ids"].clone()).unwrap();
             let tokenizer = open(file);
