@@ -78,6 +78,11 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// Bytes that this thread holds.
+pub(crate) fn held() -> isize {
+    LIVE.get()
+}
+
 /// Bytes that `work` held at most beyond what was held before it.
 pub(crate) fn peak_of<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = LIVE.get();

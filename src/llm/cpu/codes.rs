@@ -411,7 +411,7 @@ mod tests {
     #[test]
     fn products_agree_with_plain_sums_on_every_instruction_set() {
         for kind in TYPES {
-            for (rows, k, columns) in [(1, 32, 16), (3, 64, 40), (14, 96, 32), (31, 160, 48), (5, 256, 20)] {
+            for (rows, k, columns) in [(1usize, 32usize, 16), (3, 64, 40), (14, 96, 32), (31, 160, 48), (5, 256, 20)] {
                 if !k.is_multiple_of(kind.block().0) {
                     continue;
                 }
