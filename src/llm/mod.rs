@@ -8,12 +8,15 @@
 
 pub mod architectures;
 pub mod blocks;
+pub mod bytes;
 pub mod chat;
 pub mod config;
 pub mod cpu;
 pub mod decoder;
 pub mod engine;
 pub mod gguf;
+#[cfg(test)]
+mod hostile;
 pub mod item;
 pub mod ledger;
 pub mod model;

@@ -11,6 +11,7 @@ pub mod dot;
 pub mod kernels;
 pub mod linear;
 pub mod product;
+pub mod words;
 
 use rayon::prelude::*;
 
@@ -121,12 +122,11 @@ impl CpuModel {
     /// As [`CpuModel::load`].
     pub fn load_with(weights: &Weights, isa: Isa, precision: Precision) -> Result<Self> {
         let c = weights.config().clone();
-        let precision = precision.on(isa);
         let layer = |i: usize| -> Result<Layer> {
             let vector = |leaf: &str| weights.values(&layer_tensor(i, leaf));
             let matrix = |leaves: &[&str], k: usize| {
                 let names: Vec<String> = leaves.iter().map(|leaf| layer_tensor(i, leaf)).collect();
-                Linear::pack(weights, &names, k, precision)
+                Linear::pack(weights, &names, k, isa, precision)
             };
             let mut qkv_bias = Vec::new();
             for leaf in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].iter().filter(|_| c.qkv_bias) {
@@ -146,7 +146,7 @@ impl CpuModel {
         };
         let layers = (0..c.layers).into_par_iter().map(layer).collect::<Result<Vec<_>>>()?;
         let head = if c.tied { EMBEDDING } else { HEAD };
-        let head = Linear::pack(weights, &[head.to_owned()], c.hidden, precision)?;
+        let head = Linear::pack(weights, &[head.to_owned()], c.hidden, isa, precision)?;
         let embedding = if c.tied { None } else { Some(weights.values(EMBEDDING)?) };
         let (final_norm, frequencies) = (weights.values(FINAL_NORM)?, c.rope_frequencies());
         Ok(CpuModel { config: c, isa, layers, final_norm, head, embedding, frequencies })
