@@ -216,6 +216,7 @@ fn an_adapter_of_peft_has_its_logits_gradients_and_steps() {
     let file = LoraFile::open(&folder("tuning/lora")).unwrap();
     let weights = Weights::open(&folder("tiny")).unwrap().with_adapter(Some(file.clone())).unwrap();
     let merged = crate::llm::cpu::CpuModel::load(&weights, crate::llm::cpu::kernels::Isa::detect()).unwrap();
+    let merged = crate::llm::engine::Local::new(merged, crate::llm::LlmOptions::default());
     let last = crate::llm::engine::Engine::logits(&merged, &ids).unwrap();
     let by_blocks = |name: &str| {
         let blocks = weights.blocks(name).unwrap();
