@@ -58,3 +58,35 @@ pub trait Decoder: Send + Sync {
         each: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<Vec<Self::Segment>>;
 }
+
+/// A decoder that is lent to an engine.
+impl<D: Decoder> Decoder for &D {
+    type Segment = D::Segment;
+
+    fn config(&self) -> &LlamaConfig {
+        (**self).config()
+    }
+    fn batch_tokens(&self) -> usize {
+        (**self).batch_tokens()
+    }
+    fn weight_bytes(&self) -> usize {
+        (**self).weight_bytes()
+    }
+    fn token_bytes(&self) -> usize {
+        (**self).token_bytes()
+    }
+    fn pass_bytes(&self, tokens: usize, seen: usize, read: usize) -> usize {
+        (**self).pass_bytes(tokens, seen, read)
+    }
+    fn slice(&self, segment: &D::Segment, from: usize, len: usize) -> D::Segment {
+        (**self).slice(segment, from, len)
+    }
+    fn forward(
+        &self,
+        pack: &Pack,
+        past: &[&D::Segment],
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<Vec<D::Segment>> {
+        (**self).forward(pack, past, each)
+    }
+}

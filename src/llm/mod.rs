@@ -14,6 +14,7 @@ pub mod cpu;
 pub mod decoder;
 pub mod engine;
 pub mod gguf;
+pub mod item;
 pub mod ledger;
 pub mod model;
 pub mod options;
@@ -36,6 +37,7 @@ use std::path::Path;
 
 pub use self::chat::{ChatTokenizer, Message};
 pub use self::config::LlamaConfig;
+pub use self::cpu::linear::Precision;
 pub use self::engine::ScoreRequest;
 pub use self::options::{Half, LlmOptions, Memory};
 pub use self::ranking::{ListFormat, RankRequest, Ranked};
@@ -105,7 +107,7 @@ impl Llm {
         let weights = Weights::open(path)?.with_adapter(adapter)?;
         let engine: Box<dyn Engine> = if matches!(opened.device, Device::Cpu) {
             // Our own arrangement of the same arithmetic; see `cpu/mod.rs`.
-            Box::new(Local::new(CpuModel::load(&weights, Isa::detect())?, options))
+            Box::new(Local::new(CpuModel::load_with(&weights, Isa::detect(), options.precision)?, options))
         } else {
             let placement = Placement { half: options.half != Half::Never, gpu: true };
             opened.device.run(LoadOn(&weights, options, placement))?
@@ -136,12 +138,12 @@ impl Llm {
         Ok(Llm { chat, engine, device: format!("device: {device:?}") })
     }
 
-    /// Loads a model on the CPU with the kernels of a given instruction set.
+    /// Loads a model on the CPU with the f32 kernels of a given instruction set.
     ///
     /// # Errors
     /// As [`Llm::open`]; our bug (exit 70) where this machine lacks the instructions.
     pub fn open_cpu(path: &Path, isa: Isa) -> Result<Self> {
-        Self::open_cpu_with(path, isa, LlmOptions::default())
+        Self::open_cpu_with(path, isa, LlmOptions { precision: Precision::F32, ..LlmOptions::default() })
     }
 
     /// As [`Llm::open_cpu`], with options.
@@ -153,7 +155,7 @@ impl Llm {
             return Err(Error::internal(format!("this machine has no {isa:?} instructions")));
         }
         let chat = ChatTokenizer::open_weights_only(path)?;
-        let engine = Box::new(Local::new(CpuModel::load(&Weights::open(path)?, isa)?, options));
+        let engine = Box::new(Local::new(CpuModel::load_with(&Weights::open(path)?, isa, options.precision)?, options));
         Ok(Llm { chat, engine, device: format!("device: cpu ({isa:?})") })
     }
 

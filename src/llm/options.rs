@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::config::LlamaConfig;
+use super::cpu::linear::Precision;
 use super::decoder::Decoder;
 
 /// Type of the weights and of what passes between layers, on devices that have the choice.
@@ -30,11 +31,13 @@ pub struct LlmOptions {
     pub kv_bytes: usize,
     /// Type of the weights on a GPU.
     pub half: Half,
+    /// How exactly linear layers compute on a CPU.
+    pub precision: Precision,
 }
 
 impl Default for LlmOptions {
     fn default() -> Self {
-        LlmOptions { batch_tokens: None, kv_bytes: 512 << 20, half: Half::Auto }
+        LlmOptions { batch_tokens: None, kv_bytes: 512 << 20, half: Half::Auto, precision: Precision::Auto }
     }
 }
 
@@ -70,3 +73,6 @@ impl Memory {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -79,6 +79,17 @@ pub static BACKBONES: &[Backbone] = &[
     super::autoint::BACKBONE,
 ];
 
+/// Models that stages of their own fit, since they read more than interactions; they are saved, loaded and used like the others.
+pub static STAGED: &[Backbone] = &[crate::llm::item::BACKBONE];
+
+/// The backbone of that name, also one of [`STAGED`]: what a saved model can be.
+///
+/// # Errors
+/// As [`find`].
+pub fn find_saved(name: &str) -> Result<&'static Backbone> {
+    STAGED.iter().find(|b| b.name == name).map_or_else(|| find(name), Ok)
+}
+
 /// The backbone of that name.
 ///
 /// # Errors

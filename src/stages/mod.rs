@@ -16,11 +16,13 @@ pub mod prompt;
 pub mod recommend;
 pub mod registry;
 pub mod rerank;
+pub mod rerank_items;
 pub mod search;
 pub mod similar;
 pub mod split;
 pub mod sql;
 pub mod train;
+pub mod train_items;
 pub mod write;
 
 pub use context::{

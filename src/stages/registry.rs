@@ -34,6 +34,8 @@ pub static KINDS: &[StageKind] = &[
     super::instruct::KIND,
     super::finetune::KIND,
     super::rerank::KIND,
+    super::train_items::KIND,
+    super::rerank_items::KIND,
     super::calibrate::KIND,
     super::fuse::KIND,
     super::evaluate::KIND,

@@ -138,10 +138,11 @@ pub(crate) mod tests {
     use serde_json::{Value as Json, json};
 
     use super::*;
+    use crate::llm::LlmOptions;
     use crate::llm::cpu::CpuModel;
     use crate::llm::cpu::kernels::Isa;
-    use crate::llm::engine::Engine;
-    use crate::llm::model::BurnModel;
+    use crate::llm::engine::{Engine, Local};
+    use crate::llm::model::{BurnModel, Placement};
     use crate::llm::rope::RopeScaling;
     use crate::llm::weights::Weights;
 
@@ -173,8 +174,9 @@ pub(crate) mod tests {
     /// The largest distance to the logits of `golden.json` (or of an entry of it), by both decoders.
     pub(crate) fn worst(path: &Path, want: &Json) -> f64 {
         let weights = Weights::open(path).unwrap();
-        let cpu = CpuModel::load(&weights, Isa::detect()).unwrap();
-        let burn = BurnModel::<burn::backend::Flex>::load(&weights, &Default::default()).unwrap();
+        let cpu = Local::new(CpuModel::load(&weights, Isa::detect()).unwrap(), LlmOptions::default());
+        let burn = BurnModel::<burn::backend::Flex>::load(&weights, &Default::default(), Placement::default()).unwrap();
+        let burn = Local::new(burn, LlmOptions::default());
         let ids: Vec<u32> = serde_json::from_value(want["ids"].clone()).unwrap();
         let rows: Vec<Vec<f64>> = serde_json::from_value(want["logits"].clone()).unwrap();
         let positions: Vec<usize> = serde_json::from_value(want["positions"].clone()).unwrap();
@@ -219,7 +221,7 @@ pub(crate) mod tests {
             let want: Json = serde_json::from_slice(&std::fs::read(golden(case).join("golden.json")).unwrap()).unwrap();
             let mut weights = Weights::open(&golden(case)).unwrap();
             spoil(weights.config_mut());
-            let model = CpuModel::load(&weights, Isa::detect()).unwrap();
+            let model = Local::new(CpuModel::load(&weights, Isa::detect()).unwrap(), LlmOptions::default());
             let ids: Vec<u32> = serde_json::from_value(want["ids"].clone()).unwrap();
             let got = model.logits(&ids).unwrap();
             let row: Vec<f64> =

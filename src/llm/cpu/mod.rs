@@ -6,13 +6,16 @@
 //! Logits are made for the rows that are read, and for no other.
 
 pub mod attention;
+pub mod codes;
+pub mod dot;
 pub mod kernels;
+pub mod linear;
 pub mod product;
 
 use rayon::prelude::*;
 
 use self::kernels::{Isa, LANES};
-use self::product::Packed;
+use self::linear::{Linear, Precision};
 use super::config::LlamaConfig;
 use super::decoder::{Decoder, Wanted};
 use super::pack::{Pack, Read, Run};
@@ -31,19 +34,19 @@ struct Layer {
     /// `[hidden]`.
     attention_norm: Vec<f32>,
     /// Query, key and value projections side by side: `hidden -> q_width + 2 kv_width`.
-    qkv: Packed,
+    qkv: Linear,
     /// Biases of the three side by side, `[q_width + 2 kv_width]`; empty where the model has none.
     qkv_bias: Vec<f32>,
     /// Weights of the norms of query and key heads, `[head_dim]` each, where the model has them.
     head_norms: Option<[Vec<f32>; 2]>,
     /// `q_width -> hidden`.
-    output: Packed,
+    output: Linear,
     /// `[hidden]`.
     mlp_norm: Vec<f32>,
     /// Gate and up projections side by side: `hidden -> 2 intermediate`.
-    gate_up: Packed,
+    gate_up: Linear,
     /// `intermediate -> hidden`.
-    down: Packed,
+    down: Linear,
 }
 
 /// A model in memory.
@@ -54,7 +57,7 @@ pub struct CpuModel {
     /// `[hidden]`.
     final_norm: Vec<f32>,
     /// `hidden -> vocab`; the embedding where it is tied.
-    head: Packed,
+    head: Linear,
     /// `[vocab, hidden]` where the head is not the embedding.
     embedding: Option<Vec<f32>>,
     /// `[head_dim / 2]`.
@@ -104,41 +107,61 @@ impl Segment {
 }
 
 impl CpuModel {
-    /// Loads weights for an instruction set of this machine.
+    /// Loads weights for an instruction set of this machine; linear layers compute in f32.
     ///
     /// # Errors
     /// Exit 65 where a tensor cannot be read.
     pub fn load(weights: &Weights, isa: Isa) -> Result<Self> {
+        CpuModel::load_with(weights, isa, Precision::F32)
+    }
+
+    /// As [`CpuModel::load`], with a precision of the linear layers.
+    ///
+    /// # Errors
+    /// As [`CpuModel::load`].
+    pub fn load_with(weights: &Weights, isa: Isa, precision: Precision) -> Result<Self> {
         let c = weights.config().clone();
+        let precision = precision.on(isa);
         let layer = |i: usize| -> Result<Layer> {
-            let get = |leaf: &str| weights.values(&layer_tensor(i, leaf));
-            let (q, k, v) = (get("self_attn.q_proj")?, get("self_attn.k_proj")?, get("self_attn.v_proj")?);
+            let vector = |leaf: &str| weights.values(&layer_tensor(i, leaf));
+            let matrix = |leaves: &[&str], k: usize| {
+                let names: Vec<String> = leaves.iter().map(|leaf| layer_tensor(i, leaf)).collect();
+                Linear::pack(weights, &names, k, precision)
+            };
             let mut qkv_bias = Vec::new();
             for leaf in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].iter().filter(|_| c.qkv_bias) {
                 qkv_bias.extend(weights.values(&layer_bias(i, leaf))?);
             }
-            let head_norms = || Ok::<_, Error>([get("self_attn.q_norm")?, get("self_attn.k_norm")?]);
-            let (gate, up) = (get("mlp.gate_proj")?, get("mlp.up_proj")?);
+            let head_norms = || Ok::<_, Error>([vector("self_attn.q_norm")?, vector("self_attn.k_norm")?]);
             Ok(Layer {
-                attention_norm: get("input_layernorm")?,
-                qkv: Packed::pack(&[&q, &k, &v], c.hidden),
+                attention_norm: vector("input_layernorm")?,
+                qkv: matrix(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], c.hidden)?,
                 qkv_bias,
                 head_norms: c.qk_norm.then(head_norms).transpose()?,
-                output: Packed::pack(&[&get("self_attn.o_proj")?], c.q_width()),
-                mlp_norm: get("post_attention_layernorm")?,
-                gate_up: Packed::pack(&[&gate, &up], c.hidden),
-                down: Packed::pack(&[&get("mlp.down_proj")?], c.intermediate),
+                output: matrix(&["self_attn.o_proj"], c.q_width())?,
+                mlp_norm: vector("post_attention_layernorm")?,
+                gate_up: matrix(&["mlp.gate_proj", "mlp.up_proj"], c.hidden)?,
+                down: matrix(&["mlp.down_proj"], c.intermediate)?,
             })
         };
         let layers = (0..c.layers).into_par_iter().map(layer).collect::<Result<Vec<_>>>()?;
-        let embedding = weights.values(EMBEDDING)?;
-        let (head, embedding) = if c.tied {
-            (Packed::pack(&[&embedding], c.hidden), None)
-        } else {
-            (Packed::pack(&[&weights.values(HEAD)?], c.hidden), Some(embedding))
-        };
+        let head = if c.tied { EMBEDDING } else { HEAD };
+        let head = Linear::pack(weights, &[head.to_owned()], c.hidden, precision)?;
+        let embedding = if c.tied { None } else { Some(weights.values(EMBEDDING)?) };
         let (final_norm, frequencies) = (weights.values(FINAL_NORM)?, c.rope_frequencies());
         Ok(CpuModel { config: c, isa, layers, final_norm, head, embedding, frequencies })
+    }
+
+    /// Bytes that the weights take in memory.
+    pub fn bytes(&self) -> usize {
+        let layer = |l: &Layer| {
+            let head_norms = l.head_norms.iter().flatten().map(Vec::len).sum::<usize>();
+            let vectors = l.attention_norm.len() + l.mlp_norm.len() + l.qkv_bias.len() + head_norms;
+            [&l.qkv, &l.output, &l.gate_up, &l.down].iter().map(|m| m.bytes()).sum::<usize>()
+                + vectors * size_of::<f32>()
+        };
+        let floats = self.final_norm.len() + self.frequencies.len() + self.embedding.as_ref().map_or(0, Vec::len);
+        self.layers.iter().map(layer).sum::<usize>() + self.head.bytes() + floats * size_of::<f32>()
     }
 
     /// The embedding of a token, `[hidden]`.
@@ -306,7 +329,7 @@ struct Scratch {
 }
 
 /// `x += a W`, also where the width of `x` is no whole number of panels.
-fn add_product(weights: &Packed, isa: Isa, a: &[f32], x: &mut [f32], width: usize, padded: &mut Vec<f32>) {
+fn add_product(weights: &Linear, isa: Isa, a: &[f32], x: &mut [f32], width: usize, padded: &mut Vec<f32>) {
     let full = weights.panels() * LANES;
     if full == width {
         weights.multiply(isa, a, x, true);
@@ -357,12 +380,7 @@ impl Decoder for CpuModel {
     }
 
     fn weight_bytes(&self) -> usize {
-        let c = &self.config;
-        let packed = |w: &Packed| 4 * w.k * w.panels() * LANES;
-        let layer =
-            |l: &Layer| [&l.qkv, &l.output, &l.gate_up, &l.down].map(packed).iter().sum::<usize>() + 4 * 2 * c.hidden;
-        let tables = packed(&self.head) + self.embedding.as_ref().map_or(0, |e| 4 * e.len());
-        self.layers.iter().map(layer).sum::<usize>() + tables + 4 * (c.hidden + self.frequencies.len())
+        self.bytes()
     }
 
     fn token_bytes(&self) -> usize {

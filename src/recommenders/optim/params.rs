@@ -28,6 +28,8 @@ pub(super) struct Param<B: Backend> {
     shape: Vec<usize>,
     value: Tensor<B, 1>,
     moments: Option<(Tensor<B, 1>, Tensor<B, 1>)>,
+    /// Factor of the step size.
+    rate: f64,
 }
 
 /// The weights as a model reads them, with or without gradients.
@@ -63,8 +65,13 @@ impl<B: Backend> Params<B> {
         let n: usize = shape.iter().product();
         assert_eq!(values.len(), n, "weight `{name}` does not have its shape {shape:?}");
         let value = Tensor::from_data(TensorData::new(values, [n]), &self.device);
-        self.list.push(Param { name: name.to_owned(), shape: shape.to_vec(), value, moments: None });
+        self.list.push(Param { name: name.to_owned(), shape: shape.to_vec(), value, moments: None, rate: 1.0 });
         ParamId(self.list.len() - 1)
+    }
+
+    /// Multiplies the step size of one weight; 1 at first.
+    pub fn set_rate(&mut self, id: ParamId, factor: f64) {
+        self.list[id.0].rate = factor;
     }
 
     /// The weights without gradients.
@@ -215,14 +222,17 @@ impl<B: AdamBackend> Params<B> {
                 *g = g.clone() * scale.clone();
             }
         }
-        let step = adam.step(self.steps);
+        let steps = self.steps;
+        let step_of = |rate: f64| Adam { rate: adam.rate * rate, ..*adam }.step(steps);
         for (param, grad) in self.list.iter_mut().zip(whole) {
             if let Some(grad) = grad {
+                let step = step_of(param.rate);
                 param.update(|state| B::adam(state, grad, step));
             }
         }
         for (n, rows, grad) in by_rows {
             let dim = self.list[n].shape[1];
+            let step = step_of(self.list[n].rate);
             self.list[n].update(|state| B::adam_rows(state, dim, &rows, grad, step));
         }
         loss.inner()

@@ -1,0 +1,106 @@
+//! A linear layer's weights, in the form in which this machine multiplies them.
+//!
+//! In: tensors of [`Weights`] and what precision is asked for. Out: [`Linear`], either f32 panels (`product.rs`) or the
+//! integers of a quantised file (`codes.rs`).
+
+use super::codes::{Codes, has_codes};
+use super::kernels::{Isa, LANES};
+use super::product::Packed;
+use crate::error::Result;
+use crate::llm::weights::{Blocks, Weights};
+
+/// How exactly linear layers compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// [`Precision::Int16`] where the weights are stored as blocks of small integers and the processor multiplies them faster than
+    /// f32; else [`Precision::F32`].
+    #[default]
+    Auto,
+    /// Weights become f32, activations stay f32.
+    F32,
+    /// The file's own integers as weights, nothing of which is lost; activations rounded per row and block of 32 to 16 bits.
+    Int16,
+    /// The same with activations of 8 bits, as llama.cpp computes: a quarter of a standard deviation of the logits may be lost.
+    Int8,
+}
+
+impl Precision {
+    /// What is computed on an instruction set where the file allows it: never `Auto`.
+    pub fn on(self, isa: Isa) -> Precision {
+        match (self, isa) {
+            (Precision::Auto, Isa::Avx512Vnni) => Precision::Int16,
+            (Precision::Auto, _) => Precision::F32,
+            (given, _) => given,
+        }
+    }
+}
+
+/// A weight matrix of `k` inputs and `columns` outputs, packed.
+pub enum Linear {
+    /// f32.
+    Float(Packed),
+    /// Integers with a scale per block of 32.
+    Codes(Codes),
+}
+
+impl Linear {
+    /// Packs tensors of `[out, k]` below each other.
+    ///
+    /// # Errors
+    /// Exit 65 where a tensor cannot be read or has a value that is not finite.
+    pub fn pack(weights: &Weights, names: &[String], k: usize, precision: Precision) -> Result<Self> {
+        if precision != Precision::F32 {
+            let blocks = names.iter().map(|n| weights.blocks(n)).collect::<Result<Vec<Blocks<'_>>>>()?;
+            if blocks.iter().all(|b| has_codes(b.block_type))
+                && let Some(codes) = Codes::pack(&blocks, k, precision != Precision::Int8)
+            {
+                return Ok(Linear::Codes(codes));
+            }
+        }
+        // A value that is not finite is named here.
+        let values = names.iter().map(|n| weights.values(n)).collect::<Result<Vec<_>>>()?;
+        let values: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
+        Ok(Linear::Float(Packed::pack(&values, k)))
+    }
+
+    /// Panels of 16 columns.
+    pub fn panels(&self) -> usize {
+        match self {
+            Linear::Float(m) => m.panels(),
+            Linear::Codes(m) => m.panels(),
+        }
+    }
+
+    /// Bytes that the weights take.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Linear::Float(m) => m.panels() * LANES * m.k * size_of::<f32>(),
+            Linear::Codes(m) => m.bytes(),
+        }
+    }
+
+    /// Copies output column `column` (a row of the matrix as it came) to `out`, `[k]`.
+    pub fn unpack_row(&self, column: usize, out: &mut [f32]) {
+        match self {
+            Linear::Float(m) => m.unpack_row(column, out),
+            Linear::Codes(m) => m.unpack_row(column, out),
+        }
+    }
+
+    /// `c = a W` (or `c += a W`) for rows of `a` that are `k` wide and rows of `c` that are
+    /// `16 panels` wide; on this thread.
+    pub fn multiply(&self, isa: Isa, a: &[f32], c: &mut [f32], add: bool) {
+        match self {
+            Linear::Float(m) => m.multiply(isa, a, c, add),
+            Linear::Codes(m) => m.multiply(isa, a, 0..m.panels(), c, add),
+        }
+    }
+
+    /// As [`Linear::multiply`] for a few of the panels, into rows of `c` that are `16 panels.len()` wide.
+    pub fn multiply_panels(&self, isa: Isa, a: &[f32], panels: std::ops::Range<usize>, c: &mut [f32]) {
+        match self {
+            Linear::Float(m) => m.multiply_panels(isa, a, panels, c),
+            Linear::Codes(m) => m.multiply(isa, a, panels, c, false),
+        }
+    }
+}
