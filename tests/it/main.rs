@@ -54,6 +54,8 @@ mod llm_serve;
 mod prompts;
 // The tuning set: nothing held out in it.
 mod instruct;
+// `finetune`: the loss falls, tuned models are asked, transformers and peft load them.
+mod finetune;
 
 // Metrics of hand-made tables, the choice of weights, the terminal's tables.
 mod evaluation;
