@@ -8,6 +8,7 @@
 pub mod calibrate;
 pub mod context;
 pub mod evaluate;
+pub mod finetune;
 pub mod fuse;
 pub mod instruct;
 pub mod predict;

@@ -32,6 +32,7 @@ pub static KINDS: &[StageKind] = &[
     super::similar::KIND,
     super::prompt::KIND,
     super::instruct::KIND,
+    super::finetune::KIND,
     super::rerank::KIND,
     super::train_items::KIND,
     super::rerank_items::KIND,

@@ -60,6 +60,8 @@ mod rerank;
 mod prompts;
 // The tuning set: nothing held out in it.
 mod instruct;
+// `finetune`: the loss falls, tuned models are asked, transformers and peft load them.
+mod finetune;
 
 // Metrics of hand-made tables, the choice of weights, the terminal's tables.
 mod evaluation;

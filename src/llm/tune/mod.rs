@@ -17,6 +17,8 @@ pub mod progress;
 pub mod run;
 pub mod schedule;
 pub mod seeds;
+pub mod session;
+pub mod text;
 pub mod tuner;
 
 pub use decoder::{Decoder, Packed, Parts, Reads};
