@@ -6,9 +6,11 @@ use serde::Serialize;
 
 use super::Pipeline;
 use super::cache::{Cache, Record};
+use super::graph::ResolvedInput;
 use super::nodes::{Digests, Surroundings, source_identity, source_store, stage_identity};
 use super::run::RunOptions;
 use crate::error::Result;
+use crate::stages::context::Estimate;
 use crate::tables::Store;
 
 /// What will happen to a node.
@@ -42,6 +44,8 @@ pub struct PlannedNode {
     pub seconds: Option<f64>,
     /// Output -> rows, where it is cached.
     pub rows: BTreeMap<String, u64>,
+    /// What the work will take, as far as that is known; nothing where it is cached.
+    pub estimate: Estimate,
     /// The record, where it is cached.
     #[serde(skip)]
     pub record: Option<Record>,
@@ -80,6 +84,13 @@ pub async fn plan(pipeline: &Pipeline, around: &Surroundings, options: &RunOptio
                 look_up(&cache, &forced, &mut node, identity.fingerprint(), "new or changed settings or inputs")
                     .await?;
             }
+        }
+        if matches!(node.state, State::WillRun { .. }) {
+            let counters = |input: &ResolvedInput| {
+                let from = nodes.iter().find(|n| n.name == input.from.name())?;
+                Some((input.slot.slot.clone(), from.record.as_ref()?.counters.clone()))
+            };
+            node.estimate = stage.stage.estimate(&stage.inputs.iter().filter_map(counters).collect(), &models);
         }
         node.learn(&mut known);
         nodes.push(node);
@@ -124,6 +135,7 @@ impl PlannedNode {
             fingerprint: None,
             seconds: None,
             rows: BTreeMap::new(),
+            estimate: Estimate::default(),
             record: None,
         }
     }

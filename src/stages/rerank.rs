@@ -6,6 +6,7 @@
 //! Every answer goes to the ledger first, so a killed run resumes row by row.
 
 mod config;
+mod estimate;
 mod local;
 mod orders;
 mod questions;
@@ -28,8 +29,9 @@ use crate::llm::ChatTokenizer;
 use crate::llm::ledger::Ledger;
 use crate::llm::ledger::orders::Orders;
 use crate::llm::remote::{Dialect, RemoteSpec};
+use crate::stages::context::{ASK_AGAIN, Estimate};
 use crate::stages::{
-    InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageKind, StageResult, What, context::ASK_AGAIN,
+    InputSlot, ModelFile, OutputSlot, ResolveContext, Stage, StageContext, StageKind, StageResult, What,
 };
 use crate::tables::Id;
 
@@ -99,6 +101,18 @@ impl Stage for Rerank {
             true => self.config.model.iter().cloned().collect(),
             false => Vec::new(),
         }
+    }
+
+    fn estimate(
+        &self,
+        counters: &BTreeMap<String, serde_json::Map<String, serde_json::Value>>,
+        models: &BTreeMap<String, ModelFile>,
+    ) -> Estimate {
+        let mut estimate = estimate::asked(self.config.budget, counters.get("prompts"));
+        if self.remote.is_none() {
+            estimate.memory_bytes = models.values().next().and_then(|m| estimate::memory(&m.path));
+        }
+        estimate
     }
 
     async fn plan_schemas(&self, inputs: &BTreeMap<String, SchemaRef>) -> Result<BTreeMap<String, SchemaRef>> {

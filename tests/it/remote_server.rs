@@ -149,7 +149,7 @@ async fn serve(socket: &mut TcpStream, behind: &Behind, request: &Request, fault
         }
         Fault::Reset => {
             // With nothing to linger for, closing sends a reset.
-            let _ = socket.set_linger(Some(Duration::ZERO));
+            let _ = socket.set_zero_linger();
             return;
         }
         Fault::Status(status, wait) => {
@@ -272,7 +272,7 @@ fn python() -> Option<PathBuf> {
 
 impl LlamaServer {
     /// Starts it with the weights in `gguf`; where there is no such server, says aloud that `test` is skipped.
-    pub fn start(test: &str, gguf: &Path, key: &str) -> Option<LlamaServer> {
+    pub fn start(test: &str, gguf: &Path) -> Option<LlamaServer> {
         let Some(python) = python() else {
             eprintln!("SKIPPED: {test}: no Python with xllamacpp; `pip install xllamacpp` and set TAILFUSE_PYTHON");
             return None;
@@ -282,7 +282,7 @@ impl LlamaServer {
             .arg(script)
             .arg("--gguf")
             .arg(gguf)
-            .args(["--api-key", key, "--threads", "2"])
+            .args(["--threads", "2"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())

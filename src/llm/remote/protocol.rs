@@ -85,9 +85,7 @@ pub fn read_labels(answer: &Value, letters: &[char]) -> Result<Vec<f32>, Failure
     let mut scores = vec![f64::NEG_INFINITY; letters.len()];
     let mut least = f64::INFINITY;
     for token in shown {
-        let Some(logprob) = token.get("logprob").and_then(Value::as_f64).filter(|p| p.is_finite() && *p <= 1e-3) else {
-            continue;
-        };
+        let Some(logprob) = token.get("logprob").and_then(logarithm) else { continue };
         least = least.min(logprob);
         let text = token.get("token").and_then(Value::as_str).unwrap_or_default();
         let letter = text.trim_matches(|c: char| c.is_whitespace() || matches!(c, '▁' | 'Ġ'));
@@ -136,11 +134,11 @@ pub fn read_prompt_logprobs(answer: &Value, title: &str) -> Result<Vec<f32>, Fai
         // With `prompt_logprobs = 0` a position holds its own token only; else the one that was sent comes first.
         let Some(own) = token.as_object().and_then(|o| o.values().next()) else { break };
         let (Some(logprob), Some(decoded)) =
-            (own.get("logprob").and_then(Value::as_f64), own.get("decoded_token").and_then(Value::as_str))
+            (own.get("logprob").and_then(logarithm), own.get("decoded_token").and_then(Value::as_str))
         else {
             break;
         };
-        logprobs.push(logprob.max(f64::from(f32::MIN)) as f32);
+        logprobs.push(logprob as f32);
         text.insert_str(0, decoded);
         // A token may begin before the title (with a space) and belongs to it then.
         if text.trim_start().len() >= title.len() || logprobs.len() > 4096 {
@@ -181,8 +179,8 @@ pub fn read_echo(answer: &Value, prompt: &str, title: &str) -> Result<Vec<f32>, 
         let end = offsets.get(token + 1).and_then(Value::as_u64).unwrap_or(to.max(begin + 1));
         if end > from && begin < to {
             let logprob =
-                logprob.as_f64().ok_or_else(|| Failure::Unparsable("a token has no log-probability".into()))?;
-            found.push(logprob.max(f64::from(f32::MIN)) as f32);
+                logarithm(logprob).ok_or_else(|| Failure::Unparsable("a token has no log-probability".into()))?;
+            found.push(logprob as f32);
         }
     }
     if found.is_empty() {
@@ -259,6 +257,11 @@ fn text(answer: &Value) -> Result<&str, Failure> {
         .ok_or_else(|| Failure::Unparsable("the answer has no text".into()))
 }
 
+/// A log-probability: not above 0, and not so far below that a sum of them has no number.
+fn logarithm(value: &Value) -> Option<f64> {
+    value.as_f64().map(|p| p.clamp(-1e9, 0.0))
+}
+
 fn choice(answer: &Value) -> Result<&Value, Failure> {
     answer.pointer("/choices/0").ok_or_else(|| Failure::Unparsable("the answer has no `choices`".into()))
 }
@@ -306,6 +309,9 @@ mod tests {
         assert!((scores[1] - (f64::exp(-2.8386) + f64::exp(-4.0)).ln() as f32).abs() < 1e-5, "{scores:?}");
         // C is not among them: less likely than the least likely that is shown.
         assert_eq!(scores[2], -5.0);
+        let absurd = LABELS.replace("-0.88036", "-3e96").replace("-2.8386", "5");
+        let scores = read_labels(&json(&absurd), &['A', 'B', 'C']).unwrap();
+        assert!(scores.iter().all(|s| s.is_finite()) && scores[1] > scores[0], "{scores:?}");
         assert_eq!(read_labels(&json(ORDER), &['A']).unwrap_err().reason(), "unsupported");
         assert_eq!(read_labels(&json(LABELS), &['X', 'Y']).unwrap_err().reason(), "unparsable");
         assert_eq!(read_labels(&json("{}"), &['X']).unwrap_err().reason(), "unparsable");
