@@ -159,11 +159,7 @@ impl Checkpoint {
 }
 
 /// Reads and checks a file's header: its tensors.
-fn entries<'a>(
-    path: &Path,
-    bytes: &'a [u8],
-    file: usize,
-) -> Result<impl Iterator<Item = (String, Entry)> + use<'a>> {
+fn entries<'a>(path: &Path, bytes: &'a [u8], file: usize) -> Result<impl Iterator<Item = (String, Entry)> + use<'a>> {
     let tensors = SafeTensors::deserialize(bytes).map_err(|e| {
         let what = format!("{}: not a whole safetensors file ({} bytes): {e}", path.display(), bytes.len());
         Error::data(what).with_help("the file is cut off or damaged; fetch it again")

@@ -104,7 +104,9 @@ pub fn describe(gguf: &Gguf) -> Result<(Described, bool)> {
         }
         other => Err(elsewhere(
             gguf,
-            format!("the tokenizer `{other}` is not supported (`gpt2`, byte-level BPE, and `llama`, SentencePiece, are)"),
+            format!(
+                "the tokenizer `{other}` is not supported (`gpt2`, byte-level BPE, and `llama`, SentencePiece, are)"
+            ),
         )),
     }
 }

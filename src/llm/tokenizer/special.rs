@@ -74,7 +74,8 @@ mod tests {
 
     #[test]
     fn the_longest_token_wins_and_white_space_goes_where_asked() {
-        let token = |id, text: &str| SpecialToken { id, text: text.to_owned(), lstrip: false, rstrip: false, hidden: true };
+        let token =
+            |id, text: &str| SpecialToken { id, text: text.to_owned(), lstrip: false, rstrip: false, hidden: true };
         let mut special = vec![token(0, "<a>"), token(1, "<a>b")];
         let pieces = split_special("x <a>b<a> y", &special);
         assert_eq!(pieces, [Piece::Text("x "), Piece::Special(1), Piece::Special(0), Piece::Text(" y")]);

@@ -32,8 +32,7 @@ pub enum Kind {
 impl Kind {
     /// The type of an id in the file.
     pub fn from_id(id: f64) -> Option<Self> {
-        let kinds =
-            [Kind::Normal, Kind::Unknown, Kind::Control, Kind::UserDefined, Kind::Unused, Kind::Byte];
+        let kinds = [Kind::Normal, Kind::Unknown, Kind::Control, Kind::UserDefined, Kind::Unused, Kind::Byte];
         kinds.into_iter().enumerate().find(|(i, _)| (*i + 1) as f64 == id).map(|(_, kind)| kind)
     }
 }
@@ -97,12 +96,7 @@ impl Pieces {
     /// In words, where lengths differ, two pieces of text are the same, or nothing stands for unknown characters.
     pub fn new(texts: Vec<String>, kinds: Vec<Kind>, scores: Vec<f32>, space_prefix: bool) -> Result<Self, String> {
         if texts.len() != scores.len() || texts.len() != kinds.len() {
-            return Err(format!(
-                "{} tokens have {} scores and {} token types",
-                texts.len(),
-                scores.len(),
-                kinds.len()
-            ));
+            return Err(format!("{} tokens have {} scores and {} token types", texts.len(), scores.len(), kinds.len()));
         }
         let mut pieces = Pieces {
             ids: HashMap::with_capacity(texts.len()),
@@ -128,7 +122,8 @@ impl Pieces {
                 Kind::Byte => {
                     let digits = text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>')).filter(|t| t.len() == 2);
                     let byte = digits.and_then(|d| u8::from_str_radix(d, 16).ok());
-                    let byte = byte.ok_or_else(|| format!("the byte token `{text}` is not written <0x00> to <0xFF>"))?;
+                    let byte =
+                        byte.ok_or_else(|| format!("the byte token `{text}` is not written <0x00> to <0xFF>"))?;
                     pieces.bytes[usize::from(byte)] = Some(id);
                 }
                 Kind::Unknown => pieces.unknown = pieces.unknown.or(Some(id)),
@@ -260,7 +255,8 @@ impl Pieces {
     /// [`Pieces::encode`] puts in front is taken off again.
     pub fn decode(&self, ids: &[u32]) -> String {
         let mut bytes = Vec::new();
-        for (text, kind) in ids.iter().filter_map(|id| Some((self.texts.get(*id as usize)?, self.kinds[*id as usize]))) {
+        for (text, kind) in ids.iter().filter_map(|id| Some((self.texts.get(*id as usize)?, self.kinds[*id as usize])))
+        {
             match kind {
                 Kind::Byte => bytes.extend(u8::from_str_radix(&text[3..5], 16)),
                 _ => bytes.extend(text.replace(SPACE, " ").bytes()),
