@@ -74,6 +74,10 @@ const FUEL_PER_MESSAGE: usize = 1_000;
 /// Calls inside calls.
 const RECURSION: usize = 100;
 
+/// Bytes of stack below which a template gets one of its own, and the size of that (only touched pages cost memory).
+const ROOM: usize = 4 << 20;
+const STACK: usize = 32 << 20;
+
 /// Characters that Unicode reserves for use inside programs (noncharacters U+FDD0 to U+FDEF).
 const MARKS: std::ops::RangeInclusive<char> = '\u{fdd0}'..='\u{fdef}';
 
@@ -331,6 +335,10 @@ fn template_of(entry: &Json) -> Option<String> {
 
 impl ChatTemplate {
     pub(crate) fn compile(source: String, bos: String, eos: String) -> Result<Self, String> {
+        with_stack(|| Self::compile_here(source, bos, eos))
+    }
+
+    fn compile_here(source: String, bos: String, eos: String) -> Result<Self, String> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| e.to_string())?);
@@ -355,8 +363,13 @@ impl ChatTemplate {
             bos_token => self.bos.as_str(),
             eos_token => self.eos.as_str(),
         };
-        template.render(context).map_err(|e| e.to_string())
+        with_stack(|| template.render(context)).map_err(|e| e.to_string())
     }
+}
+
+/// Runs `work` with room on the stack for whatever nesting the template library allows: more than a worker thread has.
+fn with_stack<T>(work: impl FnOnce() -> T) -> T {
+    stacker::maybe_grow(ROOM, STACK, work)
 }
 
 /// Methods of Python's strings and dicts that chat templates call.

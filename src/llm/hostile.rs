@@ -10,12 +10,14 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
 use rand::SeedableRng;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
+use serde_json::Value as Json;
 
 use super::bytes::FileBytes;
 use super::chat::{ChatTemplate, ChatTokenizer, Message};
@@ -103,10 +105,10 @@ fn read(name: &str) -> Vec<u8> {
 const NUMBERS: [u64; 14] =
     [0, 1, 2, 7, 0x7f, 0xff, 0x7fff, 0xffff, 0x7fff_ffff, 0xffff_ffff, 1 << 40, u64::MAX / 2, u64::MAX / 8, u64::MAX];
 
-/// One to six damages. `words` are pieces of text that mean something in the format.
+/// One to three damages. `words` are pieces of text that mean something in the format.
 fn mutate(rng: &mut ChaCha8Rng, valid: &[u8], other: &[u8], focus: usize, words: &[&str]) -> Vec<u8> {
     let mut bytes = valid.to_vec();
-    for _ in 0..rng.random_range(1..=6) {
+    for _ in 0..rng.random_range(1..=3) {
         // Most damage goes where the structure is, not into the weights behind it.
         let end = if rng.random_bool(0.9) { focus.min(bytes.len()) } else { bytes.len() };
         if end == 0 {
@@ -164,6 +166,24 @@ fn mutate(rng: &mut ChaCha8Rng, valid: &[u8], other: &[u8], focus: usize, words:
     bytes
 }
 
+thread_local! {
+    /// Whether panics of this thread are expected: a backtrace takes time, and memory that would be counted.
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Keeps panics inside harnesses quiet; others are told as ever.
+fn quiet_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let told = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !QUIET.get() {
+                told(panic);
+            }
+        }));
+    });
+}
+
 /// What the inputs of a harness came to.
 #[derive(Default)]
 struct Tally {
@@ -183,23 +203,46 @@ fn fuzz(
     allowed: impl Fn(usize) -> usize,
     run: impl Fn(Vec<u8>) -> Result<()>,
 ) {
-    let inputs = std::env::var("TAILFUSE_FUZZ").ok().and_then(|n| n.parse().ok()).unwrap_or(DEFAULT_INPUTS);
     for (i, seed) in seeds.iter().enumerate() {
         if let Err(e) = run(seed.clone()) {
             panic!("{name}: seed {i} is not valid: {e}");
         }
     }
+    let make = |rng: &mut ChaCha8Rng| {
+        let (valid, other) = (seeds.choose(rng).unwrap(), seeds.choose(rng).unwrap());
+        mutate(rng, valid, other, focus, words)
+    };
+    fuzz_made(name, make, allowed, run);
+}
+
+/// Runs a harness over the inputs that `make` gives.
+fn fuzz_made(
+    name: &str,
+    make: impl Fn(&mut ChaCha8Rng) -> Vec<u8>,
+    allowed: impl Fn(usize) -> usize,
+    run: impl Fn(Vec<u8>) -> Result<()>,
+) {
+    let number = |name: &str| std::env::var(name).ok().and_then(|n| n.parse::<u64>().ok());
+    let inputs = number("TAILFUSE_FUZZ").unwrap_or(DEFAULT_INPUTS);
+    // One input alone, by its number.
+    let (from, to) = number("TAILFUSE_FUZZ_ONLY").map_or((0, inputs), |n| (n, n + 1));
+    quiet_panics();
     let start = Instant::now();
     let mut tally = Tally::default();
-    for n in 0..inputs {
+    for n in from..to {
         // Each input has a seed of its own, so that one can be made again alone.
         let mut rng = ChaCha8Rng::seed_from_u64(n);
-        let (valid, other) = (seeds.choose(&mut rng).unwrap(), seeds.choose(&mut rng).unwrap());
-        let bytes = mutate(&mut rng, valid, other, focus, words);
+        let bytes = make(&mut rng);
         let len = bytes.len();
         let kept = bytes.clone();
+        // A stack that overflows ends the process, so the input is kept before it is tried.
+        if let Some(folder) = std::env::var_os("TAILFUSE_FUZZ_KEEP") {
+            std::fs::write(PathBuf::from(folder).join(name), &kept).unwrap();
+        }
         let began = Instant::now();
+        QUIET.set(true);
         let (outcome, peak) = peak_of(|| catch_unwind(AssertUnwindSafe(|| run(bytes))));
+        QUIET.set(false);
         let took = began.elapsed();
         let save = |what: &str| {
             let path = std::env::temp_dir().join(format!("tailfuse-{name}-{n}"));
@@ -210,7 +253,7 @@ fn fuzz(
             Ok(Ok(())) => tally.read += 1,
             Ok(Err(e)) if e.fault.exit_code() == 65 => tally.refused += 1,
             Ok(Err(e)) => save(&format!("exit {}: {e}", e.fault.exit_code())),
-            Err(_) => save("a panic"),
+            Err(panic) => save(&format!("a panic: {:?}", panic.downcast_ref::<String>())),
         }
         if peak > allowed(len) {
             save(&format!("{peak} bytes of memory, {} are allowed", allowed(len)));
@@ -297,11 +340,92 @@ fn json_tokenizers() {
         "\"Prepend\"",
         "\"first\"",
     ];
-    fuzz("json-tokenizer", &seeds, &words, usize::MAX, times(150), |bytes| {
+    let run = |bytes: Vec<u8>| {
         let tokenizer = Tokenizer::from_bytes(&bytes).map_err(crate::error::Error::data)?;
         exercise(&tokenizer);
         Ok(())
-    });
+    };
+    fuzz("json-tokenizer", &seeds, &words, usize::MAX, times(150), run);
+    let steps = JSON_STEPS.map(|step| serde_json::from_str(step).unwrap());
+    fuzz_trees("json-tokenizer-tree", &seeds, &steps, times(150), run);
+}
+
+/// Parts that other tokenizers have: what a tree gets spliced in.
+const JSON_STEPS: [&str; 22] = [
+    "null",
+    "true",
+    "-1",
+    "4294967296",
+    "1e308",
+    "\"\"",
+    "[]",
+    "{}",
+    "\"▁\"",
+    r#"{"type":"WordPiece","unk_token":"[UNK]","continuing_subword_prefix":"_","max_input_chars_per_word":100,"vocab":{"a":0,"[UNK]":1}}"#,
+    r#"{"type":"Unigram","unk_id":0,"vocab":[["<unk>",0.0],["a",-1.0],["▁",-2.0]],"byte_fallback":true}"#,
+    r#"{"type":"Unigram","unk_id":7,"vocab":[],"byte_fallback":false}"#,
+    r#"{"type":"WordLevel","vocab":{"a":0},"unk_token":"<unk>"}"#,
+    r#"{"type":"Split","pattern":{"Regex":"(a+)+$"},"behavior":"Removed","invert":true}"#,
+    r#"{"type":"Split","pattern":{"Regex":"(?=(a*)*b)|"},"behavior":"MergedWithNext","invert":false}"#,
+    r#"{"type":"Split","pattern":{"String":""},"behavior":"Contiguous","invert":false}"#,
+    r#"{"type":"Replace","pattern":{"String":""},"content":"aaaaaaaa"}"#,
+    r#"{"type":"Precompiled","precompiled_charsmap":"AAAA"}"#,
+    r#"{"type":"TemplateProcessing","single":[{"SpecialToken":{"id":"x","type_id":0}}],"pair":[],"special_tokens":{}}"#,
+    r#"{"type":"Strip","content":"a","start":99999,"stop":99999}"#,
+    r#"{"type":"Metaspace","replacement":"▁","prepend_scheme":"first","split":true}"#,
+    r#"{"type":"Fuse"}"#,
+];
+
+/// As [`fuzz`] for JSON, damaged as a tree: values moved to other places, keys renamed, lists made longer.
+fn fuzz_trees(
+    name: &str,
+    seeds: &[Vec<u8>],
+    parts: &[Json],
+    allowed: impl Fn(usize) -> usize,
+    run: impl Fn(Vec<u8>) -> Result<()>,
+) {
+    let trees: Vec<Json> = seeds.iter().map(|s| serde_json::from_slice(s).unwrap()).collect();
+    let make = |rng: &mut ChaCha8Rng| {
+        let mut tree = trees.choose(rng).unwrap().clone();
+        for _ in 0..rng.random_range(1..=3) {
+            let other = trees.choose(rng).unwrap();
+            let part = if rng.random_bool(0.5) {
+                parts.choose(rng).unwrap().clone()
+            } else {
+                node(&mut other.clone(), rng).clone()
+            };
+            let place = node(&mut tree, rng);
+            match place {
+                Json::Array(list) if rng.random_bool(0.3) => list.push(part),
+                Json::Object(table) if rng.random_bool(0.3) => {
+                    let key = table.keys().nth(rng.random_range(0..table.len().max(1))).cloned().unwrap_or_default();
+                    table.remove(&key);
+                }
+                place => *place = part,
+            }
+        }
+        tree.to_string().into_bytes()
+    };
+    fuzz_made(name, make, allowed, run);
+}
+
+/// A random node, near the root rather than among the many words of a vocabulary.
+fn node<'a>(tree: &'a mut Json, rng: &mut ChaCha8Rng) -> &'a mut Json {
+    let children = match &*tree {
+        Json::Object(table) => table.len(),
+        Json::Array(list) => list.len(),
+        _ => 0,
+    };
+    if children == 0 || rng.random_bool(0.15) {
+        return tree;
+    }
+    let at = rng.random_range(0..children);
+    let child = match tree {
+        Json::Object(table) => table.values_mut().nth(at),
+        Json::Array(list) => list.get_mut(at),
+        _ => None,
+    };
+    node(child.expect("a node with children was seen above"), rng)
 }
 
 /// What is asked of a tokenizer that was read.
@@ -485,7 +609,11 @@ fn long_hostile_texts_cost_no_more_than_their_length() {
                 "{file} {unit:?}: {peak} bytes"
             );
             let back = tokenizer.decode(&ids);
-            assert!(back == text || file == "qwen2.gguf", "{file} {unit:?}");
+            // SentencePiece writes a space as `▁`, so the two are one.
+            let spaced = text.replace('▁', " ");
+            // Without a space of its own in front, the first one that is written is taken off.
+            let same = back == text || file.starts_with("spm") && back.trim_start() == spaced.trim_start();
+            assert!(same, "{file} {unit:?}");
             assert!(!ids.iter().any(|id| tokenizer.special().iter().any(|t| t.id == *id)), "{file} {unit:?}");
         }
     }

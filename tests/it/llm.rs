@@ -85,7 +85,7 @@ fn blocks_are_dequantized_bit_for_bit() {
         assert_eq!(sha256(&values), text(&block["sha256"]), "{name}");
         known.push(name);
     }
-    for name in ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"] {
+    for name in ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "F16", "BF16"] {
         assert!(known.iter().any(|k| k == name), "{name} was not tested");
     }
 }

@@ -5,9 +5,11 @@
 //! written with: item titles and other foreign text must use the latter.
 
 mod from_gguf;
+mod json;
 mod special;
 mod spm;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -47,6 +49,9 @@ struct Variants {
     continuation: OnceLock<Option<Backend>>,
 }
 
+/// What every tokenizer must read and write when it is opened.
+const PROBES: [&str; 3] = ["", " The night, 1957!\n", "映\u{301}"];
+
 impl Tokenizer {
     /// Reads a `tokenizer.json`.
     ///
@@ -81,6 +86,13 @@ impl Tokenizer {
     /// # Errors
     /// In words, where they are none.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
+        json::check(bytes).map_err(|e| format!("not a tokenizer: {e}"))?;
+        // Where the library panics all the same, the file is at fault.
+        catch_unwind(|| Self::build(bytes))
+            .unwrap_or_else(|_| Err("not a tokenizer: the parts of the file contradict each other".to_owned()))
+    }
+
+    fn build(bytes: &[u8]) -> Result<Self, String> {
         let mut plain = Backend::from_bytes(bytes).map_err(|e| format!("not a tokenizer: {e}"))?;
         // Scoring wants every token of a text: whatever the file says of padding and truncation is for training.
         plain.with_padding(None).with_truncation(None).map_err(|e| format!("not a tokenizer: {e}"))?;
@@ -113,6 +125,11 @@ impl Tokenizer {
         // What the file's post-processor puts before every text, if that is a special token.
         let leading = plain.encode_fast("", true).ok().and_then(|e| e.get_ids().first().copied());
         let leading = leading.filter(|id| special.iter().any(|t| t.id == *id));
+        // Parts that do not fit each other show when they are used.
+        for text in PROBES {
+            let ids = plain.encode_fast(text, false).map_err(|e| format!("it cannot read `{text}`: {e}"));
+            plain.decode(ids?.get_ids(), false).map_err(|e| format!("it cannot write `{text}`: {e}"))?;
+        }
         let variants = Variants { text: plain, after_special: OnceLock::new(), continuation: OnceLock::new() };
         Ok(Tokenizer { model: Model::Described(Box::new(variants)), special, size, leading })
     }
@@ -200,7 +217,10 @@ impl Tokenizer {
     pub fn decode(&self, ids: &[u32]) -> String {
         match &self.model {
             // The byte-level decoder cannot fail; others give no text for what they cannot read.
-            Model::Described(variants) => variants.text.decode(ids, false).unwrap_or_default(),
+            Model::Described(variants) => {
+                let text = catch_unwind(AssertUnwindSafe(|| variants.text.decode(ids, false)));
+                text.map(Result::unwrap_or_default).unwrap_or_default()
+            }
             Model::Pieces(pieces) => pieces.decode(ids),
         }
     }
@@ -239,7 +259,9 @@ impl Tokenizer {
 /// Without BOS or other additions: chat templates write those themselves.
 fn encode(backend: &Backend, text: &str) -> Vec<u32> {
     // Byte-level models encode every text; a word model without an unknown token can fail, and then has no ids for it.
-    backend.encode_fast(text, false).map(|e| e.get_ids().to_vec()).unwrap_or_default()
+    // A damaged one may make the library panic on some texts.
+    let ids = catch_unwind(AssertUnwindSafe(|| backend.encode_fast(text, false).map(|e| e.get_ids().to_vec())));
+    ids.map(Result::unwrap_or_default).unwrap_or_default()
 }
 
 /// The tokenizer without the white space that it puts before a text: `all` of it, or what only the first text gets.
