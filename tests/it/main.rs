@@ -54,6 +54,8 @@ mod llm_serve;
 mod prompts;
 // The tuning set: nothing held out in it.
 mod instruct;
+// The item model: trained, recommended from, fused.
+mod item_mode;
 
 // Metrics of hand-made tables, the choice of weights, the terminal's tables.
 mod evaluation;
