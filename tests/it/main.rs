@@ -62,6 +62,8 @@ mod prompts;
 mod instruct;
 // `finetune`: the loss falls, tuned models are asked, transformers and peft load them.
 mod finetune;
+// The item model: trained, recommended from, fused.
+mod item_mode;
 
 // Metrics of hand-made tables, the choice of weights, the terminal's tables.
 mod evaluation;
