@@ -31,6 +31,10 @@ fmt:
 bench *ARGS:
     cargo bench {{ ARGS }}
 
+# Damaged model files, tokenizers and templates, N of each kind (docs/reliability.md).
+fuzz N="1000000":
+    TAILFUSE_FUZZ={{ N }} cargo test --release --lib llm::hostile -- --nocapture
+
 # Our LLM engine beside llama.cpp and transformers on the same prompts; the head of the script says what to install first.
 bench-llm PYTHON GGUF PROMPTS *ARGS:
     cargo build --release
@@ -53,9 +57,17 @@ docs:
     mv target/pipeline.md docs/pipeline.md
     mv target/tables.md docs/tables.md
 
-# Forgets what stages computed here. Downloads, answers of the LLM (artifacts/ledger) and published tables stay.
+# Remote engines against llama.cpp's own server, with a Python that has xllamacpp (`pip install xllamacpp`).
+test-remote PYTHON *ARGS:
+    TAILFUSE_PYTHON={{ PYTHON }} cargo test --release --test it -- remote:: rerank:: {{ ARGS }}
+
+# Damaged inputs of every kind, N of each: no panic, nothing unbounded. The tests run a few thousand; this is for a night.
+fuzz N="1000000":
+    TAILFUSE_FUZZ_INPUTS={{ N }} cargo test --release --lib fuzz
+
+# Forgets what stages computed here. Downloads, answers of the LLM (artifacts/ledger*) and published tables stay.
 clean-cache:
-    if [ -d artifacts ]; then find artifacts -mindepth 1 -maxdepth 1 ! -name ledger -exec rm -rf {} +; fi
+    if [ -d artifacts ]; then find artifacts -mindepth 1 -maxdepth 1 ! -name 'ledger*' -exec rm -rf {} +; fi
 
 # What a change must pass.
 ci:

@@ -184,9 +184,34 @@ pub const RESPONSE: &str = "response";
 pub const SPLIT: &str = "split";
 /// boolean: whether a prompt has a similar user's history or a recommender's prediction.
 pub const AUGMENTED: &str = "augmented";
-/// int32: tokens of a whole conversation, answer included; int64 where it is a sum.
+/// int32: tokens of a whole conversation, answer included, or of a prompt and of what was scored after it; int64 where
+/// it is a sum.
 pub const TOKENS: &str = "tokens";
 /// int32: tokens of the longest conversation.
 pub const TOKENS_MAX: &str = "tokens_max";
 /// int64: number of instructions.
 pub const INSTRUCTIONS: &str = "instructions";
+/// string (sha256, hex): what is known of a user and how prompts tell it.
+pub const HISTORY_DIGEST: &str = "history_digest";
+/// list of int32, 1-based: places of a prompt's candidates in the recommender's shortlist, in the order shown.
+pub const CANDIDATE_PLACES: &str = "candidate_places";
+/// string (sha256, hex): how the LLM was asked: engine, weights, mode and settings.
+pub const SETTINGS: &str = "settings";
+/// list of strings: items in the order that the LLM gave them.
+pub const ITEMS: &str = "items";
+/// list of float32: the LLM's scores.
+pub const SCORES: &str = "scores";
+/// int32: tokens that the LLM wrote.
+pub const ANSWER_TOKENS: &str = "answer_tokens";
+/// string, nullable: what the LLM wrote, cut.
+pub const ANSWER: &str = "answer";
+/// string: how the LLM was asked, such as `label`.
+pub const MODE: &str = "mode";
+/// int32: prompts of a user that were answered.
+pub const PROMPTS: &str = "prompts";
+/// int32: different items that came first in a user's prompts.
+pub const FIRST_PLACES: &str = "first_places";
+/// float64 in [0, 1]: share of a user's later prompts whose first item is not that of the first prompt.
+pub const FIRST_CHANGED: &str = "first_changed";
+/// float64 in [-1, 1]: mean of Kendall's tau between the order of a user's first prompt and those of the later ones.
+pub const KENDALL_TAU: &str = "kendall_tau";

@@ -44,7 +44,15 @@ pub async fn main(args: PlanArgs, printer: &Printer) -> Result<()> {
 
 fn table(nodes: &[PlannedNode]) -> String {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(["node", "kind", "reads", "state", "last took", "artifacts/"]);
+    table.load_preset(presets::NOTHING).set_header([
+        "node",
+        "kind",
+        "reads",
+        "state",
+        "last took",
+        "at most",
+        "artifacts/",
+    ]);
     for node in nodes {
         let state = match &node.state {
             State::Cached => "cached".to_owned(),
@@ -52,7 +60,8 @@ fn table(nodes: &[PlannedNode]) -> String {
         };
         let seconds = node.seconds.map_or_else(String::new, |s| format!("{s:.1} s"));
         let folder = node.fingerprint.as_deref().map_or("", |f| &f[..12]);
-        table.add_row([&node.name, &node.kind, &node.reads.join(", "), &state, &seconds, folder]);
+        let estimate = node.estimate.to_string();
+        table.add_row([&node.name, &node.kind, &node.reads.join(", "), &state, &seconds, &estimate, folder]);
     }
     let will_run = nodes.iter().filter(|n| matches!(n.state, State::WillRun { .. })).count();
     format!("{table}\n{} cached, {will_run} will run", nodes.len() - will_run)

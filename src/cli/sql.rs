@@ -19,7 +19,8 @@ const SHOWN: usize = 1000;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Tables: sources by name (`interactions`), stage outputs as `stage.output` or the bare stage name for
-its first output (`parts.train`, `fused`), published tables by name (`recommendations`, `runs`, `metrics`).
+its first output (`parts.train`, `fused`), published tables by name (`recommendations`, `runs`, `metrics`),
+and what the LLM answered in all runs: `ledger`, and `ledger_orders` where orders are reused.
 `show tables` lists them.
 
 Examples:

@@ -8,12 +8,15 @@
 
 pub mod architectures;
 pub mod blocks;
+pub mod bytes;
 pub mod chat;
 pub mod config;
 pub mod cpu;
 pub mod decoder;
 pub mod engine;
 pub mod gguf;
+#[cfg(test)]
+mod hostile;
 pub mod item;
 pub mod ledger;
 pub mod model;
@@ -23,6 +26,7 @@ pub mod quant;
 pub mod radix;
 pub mod ranking;
 pub mod rating;
+pub mod remote;
 pub mod rope;
 pub mod safetensors;
 pub mod scheduler;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::LlamaConfig;
 use super::cpu::linear::Precision;
-use super::decoder::Decoder;
+use super::decoder::{Decoder, PassSize};
 
 /// Type of the weights and of what passes between layers, on devices that have the choice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,10 +66,11 @@ impl Memory {
         let config: &LlamaConfig = decoder.config();
         let batch = options.batch_tokens.unwrap_or(decoder.batch_tokens()).max(1);
         let token = decoder.token_bytes();
+        let held = options.kv_bytes.max(config.context * token);
         Memory {
             weights: decoder.weight_bytes(),
-            kv: options.kv_bytes.max(config.context * token) + 2 * batch * token,
-            pass: decoder.pass_bytes(batch, config.context, batch),
+            kv: held + 2 * batch * token,
+            pass: decoder.pass_bytes(PassSize { tokens: batch, seen: config.context, past: held / token.max(1) }),
         }
     }
 }

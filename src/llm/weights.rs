@@ -41,15 +41,23 @@ impl Weights {
     /// # Errors
     /// Exit 65, with the name of the tensor.
     pub fn open(path: &Path) -> Result<Self> {
-        let (store, config) = if is_folder(path) {
-            let config = LlamaConfig::from_hf(&path.join("config.json"))?;
-            (Store::Folder(Checkpoint::open(path)?), config)
-        } else {
-            let gguf = Gguf::open(path)?;
-            let config = LlamaConfig::from_gguf(&gguf)?;
-            (Store::Gguf(gguf), config)
-        };
+        if !is_folder(path) {
+            return Self::from_gguf(Gguf::open(path)?);
+        }
+        let config = LlamaConfig::from_hf(&path.join("config.json"))?;
+        let store = Store::Folder(Checkpoint::open(path)?);
         let weights = Weights { path: path.to_owned(), store, config, adapter: None };
+        weights.check()?;
+        Ok(weights)
+    }
+
+    /// Takes an opened GGUF file, as [`Weights::open`] does.
+    ///
+    /// # Errors
+    /// As [`Weights::open`].
+    pub fn from_gguf(gguf: Gguf) -> Result<Self> {
+        let config = LlamaConfig::from_gguf(&gguf)?;
+        let weights = Weights { path: gguf.path().to_owned(), store: Store::Gguf(gguf), config, adapter: None };
         weights.check()?;
         Ok(weights)
     }
@@ -115,7 +123,10 @@ impl Weights {
             return Ok(Blocks { block_type: BlockType::F32, rows, columns, bytes: Cow::Owned(bytes) });
         }
         let (block_type, dims, bytes) = match &self.store {
-            Store::Folder(checkpoint) => checkpoint.bytes(name)?,
+            Store::Folder(checkpoint) => {
+                let (block_type, shape, bytes) = checkpoint.bytes(name)?;
+                (block_type, shape.to_vec(), bytes)
+            }
             Store::Gguf(gguf) => {
                 let (info, bytes) = gguf.bytes(&gguf_name(name))?;
                 (info.block_type, info.dims.iter().rev().copied().collect(), bytes)
@@ -138,10 +149,10 @@ impl Weights {
     }
 
     /// Sizes of a tensor, slowest first.
-    fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
         match &self.store {
-            Store::Folder(checkpoint) => checkpoint.shape(name),
-            Store::Gguf(gguf) => Ok(gguf.tensor(&gguf_name(name)).map(|t| t.dims.iter().rev().copied().collect())),
+            Store::Folder(checkpoint) => checkpoint.shape(name).map(<[usize]>::to_vec),
+            Store::Gguf(gguf) => gguf.tensor(&gguf_name(name)).map(|t| t.dims.iter().rev().copied().collect()),
         }
     }
 
@@ -149,7 +160,7 @@ impl Weights {
         let fault = |what: String| Error::data(format!("{}: {what}", self.path.display()));
         let expected = tensors(&self.config);
         for TensorName { hf: name, shape, .. } in &expected {
-            match self.shape(name)? {
+            match self.shape(name) {
                 Some(found) if found == *shape => {}
                 Some(found) => {
                     return Err(fault(format!(

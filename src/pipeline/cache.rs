@@ -51,6 +51,13 @@ pub struct Record {
     pub outputs: BTreeMap<String, OutputRecord>,
 }
 
+impl Record {
+    /// Whether another run may find what this one could not.
+    pub fn ask_again(&self) -> bool {
+        self.counters.get(crate::stages::context::ASK_AGAIN) == Some(&Value::Bool(true))
+    }
+}
+
 /// The cache at the pipeline's `artifacts` URI.
 #[derive(Clone, Debug)]
 pub struct Cache {

@@ -6,9 +6,11 @@ use serde::Serialize;
 
 use super::Pipeline;
 use super::cache::{Cache, Record};
+use super::graph::ResolvedInput;
 use super::nodes::{Digests, Surroundings, source_identity, source_store, stage_identity};
 use super::run::RunOptions;
 use crate::error::Result;
+use crate::stages::context::Estimate;
 use crate::tables::Store;
 
 /// What will happen to a node.
@@ -42,6 +44,8 @@ pub struct PlannedNode {
     pub seconds: Option<f64>,
     /// Output -> rows, where it is cached.
     pub rows: BTreeMap<String, u64>,
+    /// What the work will take, as far as that is known; nothing where it is cached.
+    pub estimate: Estimate,
     /// The record, where it is cached.
     #[serde(skip)]
     pub record: Option<Record>,
@@ -81,6 +85,13 @@ pub async fn plan(pipeline: &Pipeline, around: &Surroundings, options: &RunOptio
                     .await?;
             }
         }
+        if matches!(node.state, State::WillRun { .. }) {
+            let counters = |input: &ResolvedInput| {
+                let from = nodes.iter().find(|n| n.name == input.from.name())?;
+                Some((input.slot.slot.clone(), from.record.as_ref()?.counters.clone()))
+            };
+            node.estimate = stage.stage.estimate(&stage.inputs.iter().filter_map(counters).collect(), &models);
+        }
         node.learn(&mut known);
         nodes.push(node);
     }
@@ -99,8 +110,10 @@ async fn look_up(
     } else if let Some(record) = cache.find(&fingerprint).await? {
         node.seconds = Some(record.seconds);
         node.rows = record.outputs.iter().filter_map(|(n, o)| Some((n.clone(), o.rows?))).collect();
+        let again = record.ask_again();
+        // Its tables are there to be read all the same.
         node.record = Some(record);
-        State::Cached
+        if again { will_run("some got no answer last time") } else { State::Cached }
     } else {
         will_run(otherwise)
     };
@@ -122,6 +135,7 @@ impl PlannedNode {
             fingerprint: None,
             seconds: None,
             rows: BTreeMap::new(),
+            estimate: Estimate::default(),
             record: None,
         }
     }

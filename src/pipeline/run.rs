@@ -247,6 +247,7 @@ impl Run<'_> {
         if !forced
             && node.stage.cacheable()
             && let Some(record) = self.cache.find(&identity.fingerprint()).await?
+            && !record.ask_again()
         {
             return Ok((record, true));
         }

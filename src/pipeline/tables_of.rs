@@ -10,6 +10,8 @@ use super::nodes::Surroundings;
 use super::plan::plan;
 use super::run::RunOptions;
 use crate::error::Result;
+use crate::llm::ledger::LEDGER;
+use crate::llm::ledger::orders::ORDERS;
 use crate::query::{Catalog, NamedTable, open_session};
 use crate::stages::StageInput;
 use crate::tables::{SqlMemory, Store};
@@ -48,5 +50,18 @@ pub async fn session(
         }
     }
     catalog.add_published(&Store::open(&pipeline.warehouse, &pipeline.root)?).await?;
+    let artifacts = Store::open(&pipeline.artifacts, &pipeline.root)?;
+    for folder in [LEDGER, ORDERS] {
+        // A run may merge segments between the list and the look at them; a damaged one must not keep the other tables away.
+        let mut tried = catalog.add_folder(&artifacts, folder).await;
+        for _ in 0..2 {
+            if tried.is_err() {
+                tried = catalog.add_folder(&artifacts, folder).await;
+            }
+        }
+        if let Err(error) = tried {
+            missing.push(format!("{folder} ({})", error.message));
+        }
+    }
     Ok((ctx, missing))
 }

@@ -4,7 +4,8 @@
 //! - a source is `NAME`;
 //! - an output of a stage is `STAGE.OUTPUT`, and the stage's first output also `STAGE`;
 //! - a published table is `published.NAME`, and also `NAME` where no source or stage is called
-//!   so; its Hive partitions are columns of type string, and a filter on them prunes files.
+//!   so; its Hive partitions are columns of type string, and a filter on them prunes files;
+//! - other folders of Parquet, such as the LLM's ledger, have the name of the folder.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -89,6 +90,21 @@ impl<'a> Catalog<'a> {
             }
         }
         Ok(names)
+    }
+
+    /// Registers the Parquet objects below `folder` of a store as the table `folder`, unless something else has that name or
+    /// there are none. Call it after all [`Catalog::add`]s.
+    ///
+    /// # Errors
+    /// Where an object cannot be read: its name and why.
+    pub async fn add_folder(&mut self, store: &Store, folder: &str) -> Result<()> {
+        if self.bare.contains(folder) {
+            return Ok(());
+        }
+        match open_published(store, folder).await? {
+            Some(table) => self.add_bare(folder, table),
+            None => Ok(()),
+        }
     }
 
     fn add_bare(&mut self, name: &str, provider: Arc<dyn TableProvider>) -> Result<()> {

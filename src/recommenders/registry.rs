@@ -3,6 +3,7 @@
 use schemars::Schema;
 use serde_json::Value;
 
+use super::idle::{self, Idle};
 use super::rating::{Predictor, RatingRecommender};
 use super::saved::Tensors;
 use super::{Recommender, Scorer, hyper};
@@ -30,6 +31,8 @@ pub struct Backbone {
     pub task: Task,
     /// JSON Schema of its hyper-parameters, from the type that `build` reads.
     pub schema: fn() -> Schema,
+    /// Hyper-parameters that have no effect in some case.
+    pub idle: &'static [Idle],
     /// How to make it.
     pub make: Make,
 }
@@ -105,12 +108,15 @@ impl Backbone {
     /// A recommender with the given hyper-parameters; what is not given has its default.
     ///
     /// # Errors
-    /// A name that this backbone does not know, a value outside its range or of another type; the backbone predicts
-    /// ratings (exit 78).
+    /// A name that this backbone does not know, a value outside its range or of another type, a setting that has no
+    /// effect beside the others; the backbone predicts ratings (exit 78).
     pub fn recommender(&self, given: &Value) -> Result<Box<dyn Recommender>> {
         hyper::check(self.name, &(self.schema)(), given)?;
         match &self.make {
-            Make::Ranking { build, .. } => build(given.clone()),
+            Make::Ranking { build, .. } => {
+                idle::check(self.name, self.idle, given, &|given| Ok(build(given.clone())?.hyper()))?;
+                build(given.clone())
+            }
             Make::Rating { .. } => Err(self.of_another_kind("predicts ratings and does not rank items")),
         }
     }
@@ -118,12 +124,15 @@ impl Backbone {
     /// As [`Backbone::recommender`], for a backbone that predicts ratings.
     ///
     /// # Errors
-    /// A name that this backbone does not know, a value outside its range or of another type; the backbone ranks
-    /// items (exit 78).
+    /// A name that this backbone does not know, a value outside its range or of another type, a setting that has no
+    /// effect beside the others; the backbone ranks items (exit 78).
     pub fn rating_recommender(&self, given: &Value) -> Result<Box<dyn RatingRecommender>> {
         hyper::check(self.name, &(self.schema)(), given)?;
         match &self.make {
-            Make::Rating { build, .. } => build(given.clone()),
+            Make::Rating { build, .. } => {
+                idle::check(self.name, self.idle, given, &|given| Ok(build(given.clone())?.hyper()))?;
+                build(given.clone())
+            }
             Make::Ranking { .. } => Err(self.of_another_kind("ranks items and does not predict ratings")),
         }
     }

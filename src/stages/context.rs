@@ -195,6 +195,10 @@ impl StageContext {
     }
 }
 
+/// Counter of a result that another run of the same inputs may better: an answer was not to be had this time. Where it is
+/// `true`, the result is used in this run and not taken from the cache in the next.
+pub const ASK_AGAIN: &str = "ask_again";
+
 /// What a stage gives back.
 #[derive(Default)]
 pub struct StageResult {
@@ -224,6 +228,32 @@ impl StageResult {
     }
 }
 
+/// What a stage will take, as far as that is known before it runs: bounds, since what was paid for before is not paid again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Estimate {
+    /// Users that the LLM is asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub users: Option<u64>,
+    /// Prompts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompts: Option<u64>,
+    /// Tokens of these prompts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<u64>,
+    /// Bytes of memory that a model takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
+}
+
+impl std::fmt::Display for Estimate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let memory = self.memory_bytes.map(|b| format!("{:.1} GiB", b as f64 / f64::from(1 << 30)));
+        let counts = [(self.users, "users"), (self.prompts, "prompts"), (self.tokens, "tokens")];
+        let counts = counts.into_iter().filter_map(|(n, what)| n.map(|n| format!("{n} {what}")));
+        f.write_str(&counts.chain(memory).collect::<Vec<_>>().join(", "))
+    }
+}
+
 /// What a stage's config may look at while it is resolved, before anything runs.
 pub struct ResolveContext<'a> {
     /// Folder that relative paths start from.
@@ -249,6 +279,15 @@ pub trait Stage: Send + Sync {
     /// Whether a finished run may stand for another (false for what acts on the outside, like `write`).
     fn cacheable(&self) -> bool {
         true
+    }
+    /// What the work will take, for `plan`: given the counters of the finished stages that it reads (slot -> counters) and the
+    /// files of its models, which may not have been fetched yet.
+    fn estimate(
+        &self,
+        _counters: &BTreeMap<String, serde_json::Map<String, serde_json::Value>>,
+        _models: &BTreeMap<String, ModelFile>,
+    ) -> Estimate {
+        Estimate::default()
     }
     /// Schemas of the output tables, given those of the input tables (slot -> schema), as far as they
     /// are known before anything runs. `validate` calls it; a `sql` stage plans its query here.

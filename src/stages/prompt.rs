@@ -22,8 +22,8 @@ use self::writer::{Writer, write_all};
 use super::context::{InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What};
 use super::registry::StageKind;
 use crate::columns::{
-    CANDIDATE_TITLES, CANDIDATES, HISTORY_SHOWN, ITEM_ID, NEIGHBOUR_ID, PERMUTATION, POSITION, PROMPT, PROMPT_DIGEST,
-    PROMPT_TOKENS, RANK, REASON, REC_RANK, SYSTEM, TITLE, TITLES_TRIMMED, USER_ID,
+    CANDIDATE_PLACES, CANDIDATE_TITLES, CANDIDATES, HISTORY_DIGEST, HISTORY_SHOWN, ITEM_ID, NEIGHBOUR_ID, PERMUTATION,
+    POSITION, PROMPT, PROMPT_DIGEST, PROMPT_TOKENS, RANK, REASON, REC_RANK, SYSTEM, TITLE, TITLES_TRIMMED, USER_ID,
 };
 use crate::error::{Error, Result};
 use crate::llm::{ChatTokenizer, Message};
@@ -33,7 +33,7 @@ use crate::prompts::{CandidateOrder, CandidateStyle, Templates};
 /// `kind = "prompt"`.
 pub const KIND: StageKind = StageKind {
     name: "prompt",
-    version: 1,
+    version: 2,
     about: "Writes the prompt of each user: history, candidates, a similar user's history, the recommender's prediction.",
     sample: "shortlist = \"shortlist\"\nhistory = \"parts.history\"\nitems = \"items\"\nmodel = \"smollm2-135m-instruct\"\n",
     schema: || schemars::schema_for!(PromptConfig),
@@ -231,6 +231,8 @@ impl Stage for PromptStage {
             (HISTORY_SHOWN, DataType::Int32),
             (TITLES_TRIMMED, DataType::Int32),
             (PROMPT_DIGEST, DataType::Utf8),
+            (CANDIDATE_PLACES, list(DataType::Int32)),
+            (HISTORY_DIGEST, DataType::Utf8),
         ];
         let schema = |columns: &[(&str, DataType)]| -> SchemaRef {
             Arc::new(Schema::new(columns.iter().map(|(n, t)| Field::new(*n, t.clone(), false)).collect::<Vec<_>>()))
@@ -412,6 +414,31 @@ mod tests {
     }
 
     #[test]
+    fn the_history_has_a_digest_that_the_shortlist_is_no_part_of() {
+        let digests = |config: &PromptConfig, tables: &Tables| {
+            memory(run(config, tables).unwrap(), "prompts").strings(HISTORY_DIGEST).unwrap()
+        };
+        let base = digests(&config(json!({})), &tables());
+        assert_ne!(base[0], base[1]);
+        let mut other = tables();
+        other.shortlist = ints(&[(USER_ID, &[1, 1, 2, 2]), (ITEM_ID, &[13, 10, 12, 13]), (REC_RANK, &[1, 2, 1, 2])]);
+        other.neighbours = None;
+        assert_eq!(digests(&config(json!({})), &other), base);
+        other.history = ints(&[(USER_ID, &[1, 2, 2, 2]), (ITEM_ID, &[21, 20, 98, 22]), (POSITION, &[0, 0, 1, 2])]);
+        let shorter = digests(&config(json!({})), &other);
+        assert!(shorter[0] != base[0] && shorter[1] == base[1]);
+        for more in [json!({ "noun": "films" }), json!({ "history_items": 3 }), json!({ "candidate_style": "titles" })]
+        {
+            assert!(digests(&config(more.clone()), &tables()).iter().zip(&base).all(|(a, b)| a != b), "{more}");
+        }
+        // The recommender's places go along, in the order shown.
+        let prompts = memory(run(&config(json!({ "order": "recommender" })), &tables()).unwrap(), "prompts");
+        let places = prompts.column(CANDIDATE_PLACES).unwrap();
+        let first = places.as_list::<i32>().value(0);
+        assert_eq!(first.as_primitive::<arrow::datatypes::Int32Type>().values(), &[1, 2, 3]);
+    }
+
+    #[test]
     fn skipped_users_have_a_reason() {
         let skipped = memory(run(&config(json!({})), &tables()).unwrap(), "skipped");
         assert_eq!(skipped.i64s(USER_ID).unwrap(), [3, 4, 5]);
@@ -427,7 +454,7 @@ mod tests {
         assert_eq!(memory(result, "prompts").i64s(USER_ID).unwrap(), [2]);
         let nobody = Tables { users: Some(ints(&[(USER_ID, &[])])), ..tables() };
         let prompts = memory(run(&config(json!({})), &nobody).unwrap(), "prompts");
-        assert_eq!((prompts.num_rows(), prompts.schema().fields().len()), (0, 10));
+        assert_eq!((prompts.num_rows(), prompts.schema().fields().len()), (0, 12));
     }
 
     #[test]

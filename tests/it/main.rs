@@ -50,12 +50,20 @@ mod llm;
 mod llm_files;
 // The JSON-lines protocol of `tailfuse llm`.
 mod llm_serve;
+// Remote engines: faults, deadlines, llama.cpp's own server.
+mod remote;
+// Servers for these tests.
+mod remote_server;
+// `rerank` through the binary: a server, the ledger, reuse, kills.
+mod rerank;
 // Prompts counted by a real tokenizer: budget, common beginning, hostile titles.
 mod prompts;
 // The tuning set: nothing held out in it.
 mod instruct;
 // `finetune`: the loss falls, tuned models are asked, transformers and peft load them.
 mod finetune;
+// The item model: trained, recommended from, fused.
+mod item_mode;
 
 // Metrics of hand-made tables, the choice of weights, the terminal's tables.
 mod evaluation;

@@ -138,11 +138,11 @@ pub(crate) mod tests {
     use serde_json::{Value as Json, json};
 
     use super::*;
-    use crate::llm::LlmOptions;
     use crate::llm::cpu::CpuModel;
     use crate::llm::cpu::kernels::Isa;
     use crate::llm::engine::{Engine, Local};
     use crate::llm::model::{BurnModel, Placement};
+    use crate::llm::options::LlmOptions;
     use crate::llm::rope::RopeScaling;
     use crate::llm::weights::Weights;
 
@@ -175,7 +175,8 @@ pub(crate) mod tests {
     pub(crate) fn worst(path: &Path, want: &Json) -> f64 {
         let weights = Weights::open(path).unwrap();
         let cpu = Local::new(CpuModel::load(&weights, Isa::detect()).unwrap(), LlmOptions::default());
-        let burn = BurnModel::<burn::backend::Flex>::load(&weights, &Default::default(), Placement::default()).unwrap();
+        let placement = Placement { half: false, gpu: false };
+        let burn = BurnModel::<burn::backend::Flex>::load(&weights, &Default::default(), placement).unwrap();
         let burn = Local::new(burn, LlmOptions::default());
         let ids: Vec<u32> = serde_json::from_value(want["ids"].clone()).unwrap();
         let rows: Vec<Vec<f64>> = serde_json::from_value(want["logits"].clone()).unwrap();

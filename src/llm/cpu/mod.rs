@@ -8,16 +8,20 @@
 pub mod attention;
 pub mod codes;
 pub mod dot;
+pub mod head;
 pub mod kernels;
 pub mod linear;
 pub mod product;
+pub mod segment;
+pub mod words;
 
 use rayon::prelude::*;
 
 use self::kernels::{Isa, LANES};
 use self::linear::{Linear, Precision};
+pub use self::segment::Segment;
 use super::config::LlamaConfig;
-use super::decoder::{Decoder, Wanted};
+use super::decoder::{Decoder, PassSize};
 use super::pack::{Pack, Read, Run};
 use super::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_bias, layer_tensor};
 use crate::error::{Error, Result};
@@ -25,9 +29,6 @@ use crate::error::{Error, Result};
 /// Rows of a block, at most: enough that a panel of weights is used often once it is in the core's cache, few enough
 /// that what a block makes between two products is not far. Half or a quarter costs one percent.
 const BLOCK_ROWS: usize = 168;
-
-/// Rows of logits that are made at once.
-const HEAD_ROWS: usize = 56;
 
 /// Weights of one layer.
 struct Layer {
@@ -64,48 +65,6 @@ pub struct CpuModel {
     frequencies: Vec<f32>,
 }
 
-/// Keys and values of consecutive tokens, in one piece of memory.
-#[derive(Clone)]
-pub struct Segment {
-    len: usize,
-    kv_width: usize,
-    /// `[layers][keys | values][len, kv_width]`.
-    data: Vec<f32>,
-}
-
-impl Segment {
-    fn new(c: &LlamaConfig, len: usize) -> Self {
-        Segment { len, kv_width: c.kv_width(), data: vec![0.0; c.layers * 2 * len * c.kv_width()] }
-    }
-
-    /// Keys of a layer, `[len, kv_width]`.
-    fn keys(&self, layer: usize) -> &[f32] {
-        &self.data[self.range(layer, 0)]
-    }
-
-    /// Values of a layer, `[len, kv_width]`.
-    fn values(&self, layer: usize) -> &[f32] {
-        &self.data[self.range(layer, 1)]
-    }
-
-    fn range(&self, layer: usize, which: usize) -> std::ops::Range<usize> {
-        let size = self.len * self.kv_width;
-        let from = (2 * layer + which) * size;
-        from..from + size
-    }
-
-    /// Takes keys and values of a layer from a run's first rows of `[q | k | v]`.
-    fn fill(&mut self, layer: usize, rows: &[f32], width: usize, keys_at: usize) {
-        for which in 0..2 {
-            let (from, kv_width) = (keys_at + which * self.kv_width, self.kv_width);
-            let range = self.range(layer, which);
-            for (to, row) in self.data[range].chunks_exact_mut(kv_width).zip(rows.chunks_exact(width)) {
-                to.copy_from_slice(&row[from..from + kv_width]);
-            }
-        }
-    }
-}
-
 impl CpuModel {
     /// Loads weights for an instruction set of this machine; linear layers compute in f32.
     ///
@@ -121,12 +80,11 @@ impl CpuModel {
     /// As [`CpuModel::load`].
     pub fn load_with(weights: &Weights, isa: Isa, precision: Precision) -> Result<Self> {
         let c = weights.config().clone();
-        let precision = precision.on(isa);
         let layer = |i: usize| -> Result<Layer> {
             let vector = |leaf: &str| weights.values(&layer_tensor(i, leaf));
             let matrix = |leaves: &[&str], k: usize| {
                 let names: Vec<String> = leaves.iter().map(|leaf| layer_tensor(i, leaf)).collect();
-                Linear::pack(weights, &names, k, precision)
+                Linear::pack(weights, &names, k, isa, precision)
             };
             let mut qkv_bias = Vec::new();
             for leaf in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].iter().filter(|_| c.qkv_bias) {
@@ -146,7 +104,7 @@ impl CpuModel {
         };
         let layers = (0..c.layers).into_par_iter().map(layer).collect::<Result<Vec<_>>>()?;
         let head = if c.tied { EMBEDDING } else { HEAD };
-        let head = Linear::pack(weights, &[head.to_owned()], c.hidden, precision)?;
+        let head = Linear::pack(weights, &[head.to_owned()], c.hidden, isa, precision)?;
         let embedding = if c.tied { None } else { Some(weights.values(EMBEDDING)?) };
         let (final_norm, frequencies) = (weights.values(FINAL_NORM)?, c.rope_frequencies());
         Ok(CpuModel { config: c, isa, layers, final_norm, head, embedding, frequencies })
@@ -247,76 +205,6 @@ impl CpuModel {
         }
         add_product(&layer.down, self.isa, &scratch.activated, x, c.hidden, &mut scratch.padded);
     }
-
-    /// What is wanted of the read rows, given their hidden states `[reads, hidden]` after the last norm.
-    fn answer(&self, hidden: &[f32], reads: &[Read], each: &mut dyn FnMut(usize, &[f32])) {
-        let width = self.config.hidden;
-        let of = |r: usize| &hidden[r * width..(r + 1) * width];
-        let (mut whole, mut some) = (Vec::new(), Vec::new());
-        for (r, read) in reads.iter().enumerate() {
-            match &read.wanted {
-                Wanted::Hidden => each(r, of(r)),
-                Wanted::Logits(ids) => some.push((r, ids)),
-                Wanted::Vocabulary | Wanted::LogProbs(_) => whole.push(r),
-            }
-        }
-        for part in some.chunks(HEAD_ROWS) {
-            let logits: Vec<Vec<f32>> = part.par_iter().map(|(r, ids)| self.logits_of(of(*r), ids)).collect();
-            part.iter().zip(&logits).for_each(|((r, _), logits)| each(*r, logits));
-        }
-        let mut rows = Vec::new();
-        for part in whole.chunks(HEAD_ROWS) {
-            rows.clear();
-            part.iter().for_each(|r| rows.extend_from_slice(of(*r)));
-            self.logits(&rows, &mut |i, logits| match &reads[part[i]].wanted {
-                Wanted::LogProbs(ids) => each(part[i], &log_probabilities(self.isa, logits, ids)),
-                _ => each(part[i], logits),
-            });
-        }
-    }
-
-    /// Logits of some ids, ascending, of one hidden row `[hidden]`: the same bits as among all of them.
-    fn logits_of(&self, hidden: &[f32], ids: &[u32]) -> Vec<f32> {
-        let mut out = Vec::with_capacity(ids.len());
-        let mut columns = [0f32; LANES];
-        for panel in ids.chunk_by(|a, b| *a as usize / LANES == *b as usize / LANES) {
-            let at = panel[0] as usize / LANES;
-            self.head.multiply_panels(self.isa, hidden, at..at + 1, &mut columns);
-            out.extend(panel.iter().map(|id| columns[*id as usize % LANES]));
-        }
-        out
-    }
-
-    /// Logits of at most `HEAD_ROWS` hidden rows, `each` called with the index of the row and `[vocab]`.
-    fn logits(&self, hidden: &[f32], each: &mut dyn FnMut(usize, &[f32])) {
-        let (width, vocab) = (self.config.hidden, self.config.vocab_size);
-        let panels = self.head.panels();
-        let threads = rayon::current_num_threads().max(1);
-        // A few stretches of the vocabulary per thread; each is a product of its own.
-        let stretch = panels.div_ceil(4 * threads).max(1);
-        let n = hidden.len() / width;
-        // Stretch by stretch in memory: `[stretches][n][columns of the stretch]`.
-        let mut logits = vec![0f32; n * panels * LANES];
-        let mut row = vec![0f32; panels * LANES];
-        logits.par_chunks_mut(n * stretch * LANES).enumerate().for_each(|(s, out)| {
-            let first = s * stretch;
-            self.head.multiply_panels(self.isa, hidden, first..(first + stretch).min(panels), out);
-        });
-        for r in 0..n {
-            for (s, part) in logits.chunks(n * stretch * LANES).enumerate() {
-                let columns = part.len() / n;
-                let at = s * stretch * LANES;
-                row[at..at + columns].copy_from_slice(&part[r * columns..(r + 1) * columns]);
-            }
-            each(r, &row[..vocab]);
-        }
-    }
-}
-
-/// Log-probabilities of ids, given the logits of the vocabulary.
-fn log_probabilities(isa: Isa, logits: &[f32], ids: &[u32]) -> Vec<f32> {
-    let normalizer = kernels::log_sum_exp(isa, logits);
-    ids.iter().map(|id| (f64::from(logits[*id as usize]) - normalizer) as f32).collect()
 }
 
 /// Buffers of one thread for one block of rows.
@@ -387,31 +275,22 @@ impl Decoder for CpuModel {
         4 * 2 * self.config.layers * self.config.kv_width()
     }
 
-    fn pass_bytes(&self, tokens: usize, seen: usize, read: usize) -> usize {
+    fn pass_bytes(&self, PassSize { tokens, seen, .. }: PassSize) -> usize {
         let c = &self.config;
-        let head = self.head.panels() * LANES;
+        let width = self.head.panels() * LANES;
         let inner = 2 * c.intermediate + LANES;
         let rows = tokens * (c.hidden + self.qkv_width() + c.q_width() + 2 * self.frequencies.len())
-            + read * (2 * c.hidden + c.q_width())
-            + HEAD_ROWS * (2 * head + c.hidden)
-            + head;
+            + tokens * (2 * c.hidden + c.q_width())
+            + head::ROWS * (2 * width + c.hidden)
+            + width;
         let block = BLOCK_ROWS * (2 * c.hidden + LANES + inner + c.intermediate);
         let threads = rayon::current_num_threads().max(1);
         // Besides: runs, reads and tasks, which are lists of a few words per token.
-        4 * rows + threads * (4 * block + attention::scratch_bytes(c, seen)) + 512 * (tokens + read)
+        4 * rows + threads * (4 * block + attention::scratch_bytes(c, seen)) + 1024 * tokens
     }
 
     fn slice(&self, segment: &Segment, from: usize, len: usize) -> Segment {
-        let (c, width) = (&self.config, segment.kv_width);
-        let mut out = Segment::new(c, len);
-        for layer in 0..c.layers {
-            for which in 0..2 {
-                let source = segment.range(layer, which).start + from * width;
-                let target = out.range(layer, which);
-                out.data[target].copy_from_slice(&segment.data[source..source + len * width]);
-            }
-        }
-        out
+        segment.slice(&self.config, from, len)
     }
 
     fn forward(&self, pack: &Pack, past: &[&Segment], each: &mut dyn FnMut(usize, &[f32])) -> Result<Vec<Segment>> {

@@ -29,10 +29,7 @@ fn burn(half: bool) -> Burn {
 /// An engine with batches of `batch` tokens and room for the keys and values of `held`.
 fn engine<D: Decoder>(decoder: &D, batch: usize, held: usize) -> Local<&D> {
     let kv_bytes = held * decoder.token_bytes();
-    Local::new(
-        decoder.clone(),
-        LlmOptions { batch_tokens: Some(batch), kv_bytes, half: Half::Never, ..LlmOptions::default() },
-    )
+    Local::new(decoder, LlmOptions { batch_tokens: Some(batch), kv_bytes, half: Half::Never, ..LlmOptions::default() })
 }
 
 /// What is asked in one call.

@@ -42,4 +42,5 @@ pub const BACKBONE: Backbone = Backbone {
         },
         load: |hyper, tensors| Ok(Box::new(ItemScorer::load(hyper, tensors)?)),
     },
+    idle: &[],
 };

@@ -14,16 +14,16 @@ use sha2::{Digest, Sha256};
 use super::PromptConfig;
 use super::cases::Cases;
 use crate::columns::{
-    CANDIDATE_TITLES, CANDIDATES, HISTORY_SHOWN, PERMUTATION, PROMPT, PROMPT_DIGEST, PROMPT_TOKENS, REASON, SYSTEM,
-    TITLES_TRIMMED, USER_ID,
+    CANDIDATE_PLACES, CANDIDATE_TITLES, CANDIDATES, HISTORY_DIGEST, HISTORY_SHOWN, PERMUTATION, PROMPT, PROMPT_DIGEST,
+    PROMPT_TOKENS, REASON, SYSTEM, TITLES_TRIMMED, USER_ID,
 };
 use crate::error::Result;
 use crate::interactions::Histories;
 use crate::llm::Message;
 use crate::prompts::topk::prompts_of;
-use crate::prompts::{Budget, Templates, TopkOptions, TopkPrompt, UserCase};
+use crate::prompts::{Budget, Fields, Templates, TopkOptions, TopkPrompt, UserCase};
 use crate::stages::context::{Cancel, Observer, StageResult};
-use crate::tables::Table;
+use crate::tables::{IdColumn, Table};
 
 /// Users between two looks at the stop request and the progress.
 const BLOCK: usize = 256;
@@ -36,6 +36,8 @@ pub(super) struct Writer<'a> {
     options: TopkOptions,
     templates: Templates,
     system: String,
+    /// How a user is told, whoever it is: part of every history's digest.
+    told: String,
     count: &'a CountChat<'a>,
 }
 
@@ -59,7 +61,26 @@ impl<'a> Writer<'a> {
             budget: Budget { context, answer: config.answer_tokens, max_tokens: config.max_tokens },
         };
         let system = templates.system(&options.noun, options.style)?;
-        Ok(Writer { options, templates, system, count })
+        // A sample stands for the template: another template writes it otherwise.
+        let sample = ["\u{1}", "\u{2}"];
+        let (noun, style) = (options.noun.as_str(), options.style);
+        let (history, candidates, similar, prediction) = (&sample[..], &sample[..], &sample[..1], &sample[..1]);
+        let sample = templates.user(&Fields { noun, style, history, candidates, similar, prediction })?;
+        let limits = [config.history_items, config.similar_items, config.prediction_items, config.max_title_chars];
+        let told = serde_json::json!([system, sample, limits, config.permutations, config.order]).to_string();
+        Ok(Writer { options, templates, system, told, count })
+    }
+
+    /// sha256 (hex) over what is known of a user, oldest first, and how prompts tell it. Neither the candidates nor what the
+    /// recommender adds (a similar user, its prediction) is in it: both change whenever it is trained.
+    fn history_digest(&self, items: &[u32], ids: &IdColumn) -> String {
+        let mut hasher = Sha256::new();
+        hasher.update(self.told.as_bytes());
+        for &item in items {
+            hasher.update([0]);
+            hasher.update(ids.get(item as usize).to_string().as_bytes());
+        }
+        hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     pub(super) fn messages(&self, user_message: &str) -> [Message; 2] {
@@ -149,6 +170,11 @@ fn prompts_table(writer: &Writer<'_>, cases: &Cases, outcomes: &[Outcome]) -> Re
         Ok(Arc::new(ListArray::try_new(field, offsets, values, None)?))
     };
     let digests: Vec<String> = rows.par_iter().map(|(_, _, p)| writer.digest(&p.text)).collect();
+    let places = rows.iter().flat_map(|(.., p)| p.order.iter().map(|&place| place as i32 + 1));
+    let places: ArrayRef = Arc::new(places.collect::<Int32Array>());
+    let histories = (rows.par_iter())
+        .map(|(user, ..)| writer.history_digest(cases.histories.of(*user as usize), cases.items.ids()))
+        .collect::<Vec<_>>();
     Table::from_columns(vec![
         (USER_ID, cases.users.ids().take(rows.iter().map(|(user, ..)| *user as usize)).to_array(), false),
         (PERMUTATION, ints(&|p| p.permutation as usize), false),
@@ -160,6 +186,8 @@ fn prompts_table(writer: &Writer<'_>, cases: &Cases, outcomes: &[Outcome]) -> Re
         (HISTORY_SHOWN, ints(&|p| p.history_shown), false),
         (TITLES_TRIMMED, ints(&|p| p.titles_trimmed), false),
         (PROMPT_DIGEST, Arc::new(StringArray::from_iter_values(digests)), false),
+        (CANDIDATE_PLACES, lists(places)?, false),
+        (HISTORY_DIGEST, Arc::new(StringArray::from_iter_values(histories)), false),
     ])
 }
 
