@@ -69,8 +69,8 @@ pub struct StageNode {
     pub span: Origin,
 }
 
-/// The slot of an LLM that another stage made; no stage kind has an input slot of that name besides one that it reads as `model`.
-const MODEL_SLOT: &str = "model";
+/// The slot of an LLM that another stage made; no stage kind has a slot of that name.
+const MODEL_SLOT: &str = "language model";
 
 impl StageNode {
     /// Whether an input is an LLM that the stage names among its models.
