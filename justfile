@@ -31,6 +31,10 @@ fmt:
 bench *ARGS:
     cargo bench {{ ARGS }}
 
+# Damaged model files, tokenizers and templates, N of each kind (docs/reliability.md).
+fuzz N="1000000":
+    TAILFUSE_FUZZ={{ N }} cargo test --release --lib llm::hostile -- --nocapture
+
 # Our LLM engine beside llama.cpp and transformers on the same prompts; the head of the script says what to install first.
 bench-llm PYTHON GGUF PROMPTS *ARGS:
     cargo build --release

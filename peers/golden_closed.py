@@ -54,7 +54,7 @@ def item_knn(x, pairs, hyper):
 def gf_cf(x, pairs, hyper):
     users, items = (np.maximum(x.sum(axis), 1) ** -0.5 for axis in (1, 0))
     r = users[:, None] * x * items
-    v = np.linalg.svd(r, full_matrices=False)[2][:hyper["rank"]].T
+    v = np.linalg.svd(r, full_matrices=False)[2][:hyper.get("rank", 64)].T
     low_pass = items[:, None] * (v @ v.T) / items
     return x @ (r.T @ r + hyper["alpha"] * low_pass)
 
@@ -95,7 +95,7 @@ def ials(x, pairs, hyper):
 CASES = {
     "popularity": (popularity, [{"count": "users"}]),
     "item_knn": (item_knn, [{"k": 5, "shrink": 0.0}, {"k": 100, "shrink": 2.5}]),
-    "gf_cf": (gf_cf, [{"rank": 4, "alpha": 3.0}, {"rank": 64, "alpha": 0.3}, {"rank": 4, "alpha": 0.0}]),
+    "gf_cf": (gf_cf, [{"rank": 4, "alpha": 3.0}, {"rank": 64, "alpha": 0.3}, {"alpha": 0.0}]),
     "ease": (ease, [{"l2": 2.0, "decay": 1.0, "floor": 0.1}, {"l2": 20.0, "decay": 0.7, "floor": 0.1},
                     {"l2": 0.5, "decay": 0.0, "floor": 0.0}]),
     "ials": (ials, [{"factors": 6, "reg": 0.5, "alpha": 0.25, "iterations": 4},

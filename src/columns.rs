@@ -176,6 +176,21 @@ pub const MIN: &str = "min";
 pub const MAX: &str = "max";
 /// int32: number of draws.
 pub const DRAWS: &str = "draws";
+/// string: what an instruction asks, `pairwise`, `list`, `side_info`, `ranking` or `rating`.
+pub const TASK: &str = "task";
+/// string: the answer of an instruction.
+pub const RESPONSE: &str = "response";
+/// string: `train`, or `held-out` for what tuning is measured on.
+pub const SPLIT: &str = "split";
+/// boolean: whether a prompt has a similar user's history or a recommender's prediction.
+pub const AUGMENTED: &str = "augmented";
+/// int32: tokens of a whole conversation, answer included, or of a prompt and of what was scored after it; int64 where
+/// it is a sum.
+pub const TOKENS: &str = "tokens";
+/// int32: tokens of the longest conversation.
+pub const TOKENS_MAX: &str = "tokens_max";
+/// int64: number of instructions.
+pub const INSTRUCTIONS: &str = "instructions";
 /// string (sha256, hex): what is known of a user and how prompts tell it.
 pub const HISTORY_DIGEST: &str = "history_digest";
 /// list of int32, 1-based: places of a prompt's candidates in the recommender's shortlist, in the order shown.
@@ -186,8 +201,6 @@ pub const SETTINGS: &str = "settings";
 pub const ITEMS: &str = "items";
 /// list of float32: the LLM's scores.
 pub const SCORES: &str = "scores";
-/// int32: tokens of a prompt and of what was scored after it.
-pub const TOKENS: &str = "tokens";
 /// int32: tokens that the LLM wrote.
 pub const ANSWER_TOKENS: &str = "answer_tokens";
 /// string, nullable: what the LLM wrote, cut.

@@ -3,7 +3,10 @@
 //! In: what the pipeline file calls `model`. Out: a [`ModelFile`]: the GGUF file or Hugging Face folder on this
 //! machine and the sha256 of its weights, which is part of every fingerprint that the model has a hand in.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
 
 use super::digest::{remembered_sha256, sha256_bytes};
 use super::fetch::FetchProgress;
@@ -80,6 +83,37 @@ impl Catalog {
 }
 
 impl ModelFile {
+    /// A Hugging Face folder that a stage made, put into the cache folder under its digest.
+    /// Errors: the files are no model (exit 65); they cannot be written (exit 75).
+    pub fn of_files(files: &BTreeMap<String, Bytes>, digest: &str, cache: &Path) -> Result<ModelFile> {
+        for name in ["config.json", "model.safetensors"] {
+            if !files.contains_key(name) {
+                return Err(Error::data(format!(
+                    "the artifact that `model` names has no `{name}`: it is no language model"
+                ))
+                .with_help("name the output `model` of a `finetune` stage"));
+            }
+        }
+        let path = cache.join("tuned").join(digest);
+        if path.is_dir() {
+            return Ok(ModelFile { path, digest: digest.to_owned() });
+        }
+        let fail = |e| Error::environment("cannot put a tuned model into the cache folder").because(e);
+        let unfinished = cache.join("tuned").join(format!("{digest}.{}", std::process::id()));
+        fs_err::create_dir_all(&unfinished).map_err(fail)?;
+        for (name, bytes) in files {
+            fs_err::write(unfinished.join(name), bytes).map_err(fail)?;
+        }
+        match fs_err::rename(&unfinished, &path) {
+            // Another run was first.
+            Err(_) if path.is_dir() => {
+                let _ = fs_err::remove_dir_all(&unfinished);
+            }
+            result => result.map_err(fail)?,
+        }
+        Ok(ModelFile { path, digest: digest.to_owned() })
+    }
+
     /// A file or folder with its digest, which is remembered in the cache folder.
     fn of(path: PathBuf, cache: &Path) -> Result<ModelFile> {
         let digest = match path.is_dir() {

@@ -21,6 +21,11 @@ Requests:
   {\"op\":\"logits\",\"text\":\"Hello\",\"top\":20,\"probe\":[1,2]}
   {\"op\":\"score\",\"ids\":[1,2],\"continuations\":[[3],[4,5]]}
   {\"op\":\"generate\",\"text\":\"Hello\",\"max_new\":32}
+  {\"op\":\"labels\",\"text\":\"Answer:\",\"labels\":[330,389],\"among\":true}
+  {\"op\":\"rank\",\"text\":\"Best first:\",\"titles\":[\"Alien\",\"Aliens\"],\"numbered\":false}
+  {\"op\":\"rate\",\"text\":\"Rating:\",\"ratings\":[1,2,3,4,5]}
+  {\"op\":\"hidden\",\"text\":\"Toy Story\"}
+  {\"op\":\"memory\"}
 
 Example:
   echo '{\"op\":\"logits\",\"text\":\"The\",\"top\":3}' | tailfuse llm --model smollm2-135m-instruct")]

@@ -73,15 +73,15 @@ fn key_size(n: usize) -> usize {
     if n <= power / 4 * 3 { power / 4 * 3 } else { power }
 }
 
-/// Bytes of the largest products of a pass and of their indices, where no token sees more than `seen`.
+/// Bytes of the products of a pass and of their indices at most, where no token sees more than `seen`.
 pub(super) fn bytes(c: &LlamaConfig, tokens: usize, seen: usize) -> usize {
     let keys = key_size(seen);
-    let one = 4 * c.heads * QUERIES * keys;
-    // Scores, with the mask, their softmax and its parts; and padded keys and values, gathered and laid out for the product.
-    let at_once = SCORE_BYTES.max(one);
-    let blocks = (at_once / (4 * c.heads * 4 * 16)).min(tokens).max(1);
-    let rows = 4 * c.kv_width() * (blocks * 4).max(1) * 16;
-    4 * at_once + 4 * rows.max(4 * c.kv_width() * keys) + 64 * tokens * keys.min(QUERIES)
+    let row = 4 * c.heads * keys;
+    // Padding makes at most four queries of one.
+    let scores = (4 * tokens * row).min(SCORE_BYTES.max(QUERIES * row));
+    let blocks = tokens.min(SCORE_BYTES / (4 * row)).max(1);
+    // Scores with and without their mask, their softmax and its parts; keys and values gathered and laid out; masks and indices.
+    4 * scores + 4 * 4 * blocks * keys * c.kv_width() + 24 * tokens * keys
 }
 
 impl<B: Backend> Blocks<B> {

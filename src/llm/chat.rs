@@ -9,6 +9,7 @@
 //! tokens, which then are the template's alone; the character is taken out again, and the
 //! stretches between are encoded as plain text.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
@@ -19,7 +20,7 @@ use serde_json::Value as Json;
 
 use super::config::LlamaConfig;
 use super::gguf::Gguf;
-use super::tokenizer::{SpecialToken, Tokenizer};
+use super::tokenizer::{Piece, SpecialToken, Tokenizer, split_special};
 use super::weights::is_folder;
 use crate::error::{Error, Result};
 
@@ -45,13 +46,15 @@ pub struct ChatTokenizer {
     /// `None` for a folder of weights alone.
     tokenizer: Option<Tokenizer>,
     template: Option<ChatTemplate>,
+    /// The token that begins every conversation, where the model says so; once, also where the template writes it.
+    bos: Option<u32>,
     config: LlamaConfig,
     /// The file or folder, for messages.
     place: String,
 }
 
 /// A compiled template and the texts of its tokens.
-struct ChatTemplate {
+pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
     bos: String,
@@ -60,6 +63,20 @@ struct ChatTemplate {
 
 /// Name of the template inside its environment.
 const TEMPLATE: &str = "chat";
+
+/// Work that a template may do in one rendering, whatever the messages: an instruction or 64 bytes of text each.
+/// A template is part of a model file, and may be made to loop or to grow without end.
+const FUEL: u64 = 100_000;
+
+/// Further work for each message; and for each of its bytes 1, so that a text may pass through 64 operations.
+const FUEL_PER_MESSAGE: usize = 1_000;
+
+/// Calls inside calls.
+const RECURSION: usize = 100;
+
+/// Bytes of stack below which a template gets one of its own, and the size of that (only touched pages cost memory).
+const ROOM: usize = 4 << 20;
+const STACK: usize = 32 << 20;
 
 /// Characters that Unicode reserves for use inside programs (noncharacters U+FDD0 to U+FDEF).
 const MARKS: std::ops::RangeInclusive<char> = '\u{fdd0}'..='\u{fdef}';
@@ -83,7 +100,7 @@ impl ChatTokenizer {
             return Self::open(path);
         }
         let config = LlamaConfig::from_hf(&path.join("config.json"))?;
-        Ok(ChatTokenizer { tokenizer: None, template: None, config, place: path.display().to_string() })
+        Ok(ChatTokenizer { tokenizer: None, template: None, bos: None, config, place: path.display().to_string() })
     }
 
     /// The tokenizer, or why there is none.
@@ -97,7 +114,11 @@ impl ChatTokenizer {
         })
     }
 
-    fn from_gguf(gguf: &Gguf) -> Result<Self> {
+    /// Opens the tokenizer of an opened GGUF file.
+    ///
+    /// # Errors
+    /// As [`ChatTokenizer::open`].
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
         let config = LlamaConfig::from_gguf(gguf)?;
         let tokenizer = Tokenizer::from_gguf(gguf)?;
         let template = match gguf.get("tokenizer.chat_template") {
@@ -106,7 +127,9 @@ impl ChatTokenizer {
         };
         let token = |id: Option<u32>| id.and_then(|id| tokenizer.token(id)).unwrap_or_default();
         let (bos, eos) = (token(config.bos), token(config.eos.first().copied()));
-        Self::assemble(tokenizer, template, bos, eos, config, gguf.path())
+        let leading = tokenizer.leading();
+        let template = template.map(|source| (source, bos, eos));
+        Self::assemble(tokenizer, leading, template, config, gguf.path())
     }
 
     fn from_folder(folder: &Path) -> Result<Self> {
@@ -137,14 +160,21 @@ impl ChatTokenizer {
             text.or_else(|| id.and_then(|id| tokenizer.token(id))).unwrap_or_default()
         };
         let (bos, eos) = (written("bos_token", config.bos), written("eos_token", config.eos.first().copied()));
-        Self::assemble(tokenizer, template, bos, eos, config, folder)
+        // The settings have the last word, as in transformers; else what the tokenizer itself puts first.
+        let leading = match settings["add_bos_token"].as_bool() {
+            Some(true) => config.bos.filter(|id| (*id as usize) < tokenizer.size()),
+            Some(false) => None,
+            None => tokenizer.leading(),
+        };
+        let template = template.map(|source| (source, bos, eos));
+        Self::assemble(tokenizer, leading, template, config, folder)
     }
 
+    /// `template` is its source, and how BOS and EOS are written.
     fn assemble(
         tokenizer: Tokenizer,
-        template: Option<String>,
-        bos: String,
-        eos: String,
+        leading: Option<u32>,
+        template: Option<(String, String, String)>,
         config: LlamaConfig,
         path: &Path,
     ) -> Result<Self> {
@@ -157,10 +187,23 @@ impl ChatTokenizer {
             .with_help("the tokenizer and the weights are of different models"));
         }
         let template = template
-            .map(|source| ChatTemplate::compile(source, bos, eos))
+            .map(|(source, bos, eos)| ChatTemplate::compile(source, bos, eos))
             .transpose()
             .map_err(|what| Error::data(format!("{place}: the chat template is not valid: {what}")))?;
-        Ok(ChatTokenizer { tokenizer: Some(tokenizer), template, config, place })
+        Ok(ChatTokenizer { tokenizer: Some(tokenizer), template, bos: leading, config, place })
+    }
+
+    /// A tokenizer with a template, without a model.
+    #[cfg(test)]
+    pub(crate) fn for_tests(tokenizer: Tokenizer, source: String, bos: &str, eos: &str) -> Self {
+        let config = LlamaConfig::from_hf_bytes(include_bytes!(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/golden/llm/tiny/config.json"
+        )));
+        let config = LlamaConfig { vocab_size: tokenizer.size(), ..config.expect("the golden file is valid") };
+        let (leading, path) = (tokenizer.leading(), Path::new("test"));
+        Self::assemble(tokenizer, leading, Some((source, bos.to_owned(), eos.to_owned())), config, path)
+            .expect("the test's template is valid")
     }
 
     /// Ids of a conversation, followed by the opening of the assistant's answer.
@@ -179,14 +222,49 @@ impl ChatTokenizer {
         let tokenizer = self.tokenizer()?;
         let (rendered, mark) = self.render_marked(messages, add_generation_prompt)?;
         let mut ids = Vec::new();
-        for piece in split_special(&rendered, tokenizer.special()) {
+        for (n, piece) in split_special(&rendered, tokenizer.special()).into_iter().enumerate() {
             match piece {
                 Piece::Special(id) => ids.push(id),
-                Piece::Text(text) if text.contains(mark) => ids.extend(tokenizer.encode_text(&text.replace(mark, ""))),
-                Piece::Text(text) => ids.extend(tokenizer.encode_text(text)),
+                Piece::Text(text) => {
+                    let text =
+                        if text.contains(mark) { Cow::Owned(text.replace(mark, "")) } else { Cow::Borrowed(text) };
+                    let first = n == 0 && self.bos.is_none();
+                    ids.extend(if first {
+                        tokenizer.encode_text(&text)
+                    } else {
+                        tokenizer.encode_after_special(&text)
+                    });
+                }
             }
         }
+        match self.bos {
+            Some(bos) if ids.first() != Some(&bos) => ids.insert(0, bos),
+            _ => {}
+        }
         Ok(ids)
+    }
+
+    /// Tokenizer and template as the files of a Hugging Face folder, by name; none for a folder of weights alone.
+    ///
+    /// # Errors
+    /// Only our bugs.
+    pub fn to_files(&self) -> Result<Vec<(&'static str, String)>> {
+        let Some(tokenizer) = &self.tokenizer else { return Ok(Vec::new()) };
+        let mut settings = serde_json::json!({
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.config.context,
+            "clean_up_tokenization_spaces": false,
+        });
+        let mut files = vec![("tokenizer.json", tokenizer.to_json()?)];
+        if let Some(template) = &self.template {
+            for (key, token) in [("bos_token", &template.bos), ("eos_token", &template.eos)] {
+                if !token.is_empty() {
+                    settings[key] = Json::String(token.clone());
+                }
+            }
+            files.push(("chat_template.jinja", template.source.clone()));
+        }
+        files.push(("tokenizer_config.json", format!("{settings:#}")));
+        Ok(files)
     }
 
     /// The rendered text of a conversation.
@@ -256,11 +334,16 @@ fn template_of(entry: &Json) -> Option<String> {
 }
 
 impl ChatTemplate {
-    fn compile(source: String, bos: String, eos: String) -> Result<Self, String> {
+    pub(crate) fn compile(source: String, bos: String, eos: String) -> Result<Self, String> {
+        with_stack(|| Self::compile_here(source, bos, eos))
+    }
+
+    fn compile_here(source: String, bos: String, eos: String) -> Result<Self, String> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| e.to_string())?);
         environment.set_unknown_method_callback(python_method);
+        environment.set_recursion_limit(RECURSION);
         environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -268,8 +351,11 @@ impl ChatTemplate {
         Ok(ChatTemplate { environment, source, bos, eos })
     }
 
-    fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, String> {
-        let template = self.environment.get_template(TEMPLATE).map_err(|e| e.to_string())?;
+    pub(crate) fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, String> {
+        let bytes: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(FUEL + (messages.len() * FUEL_PER_MESSAGE + bytes) as u64));
+        let template = environment.get_template(TEMPLATE).map_err(|e| e.to_string())?;
         let pair = |m: &Message| Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())]);
         let context = minijinja::context! {
             messages => messages.iter().map(pair).collect::<Vec<Value>>(),
@@ -277,8 +363,13 @@ impl ChatTemplate {
             bos_token => self.bos.as_str(),
             eos_token => self.eos.as_str(),
         };
-        template.render(context).map_err(|e| e.to_string())
+        with_stack(|| template.render(context)).map_err(|e| e.to_string())
     }
+}
+
+/// Runs `work` with room on the stack for whatever nesting the template library allows: more than a worker thread has.
+fn with_stack<T>(work: impl FnOnce() -> T) -> T {
+    stacker::maybe_grow(ROOM, STACK, work)
 }
 
 /// Methods of Python's strings and dicts that chat templates call.
@@ -297,10 +388,16 @@ fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value])
             ("startswith", Some(prefix)) => Value::from(text.starts_with(prefix)),
             ("endswith", Some(suffix)) => Value::from(text.ends_with(suffix)),
             ("split", Some(separator)) if args.len() == 1 && !separator.is_empty() => {
+                state.consume_fuel(text.matches(separator).count() as u64)?;
                 Value::from(text.split(separator).map(str::to_owned).collect::<Vec<_>>())
             }
             ("replace", Some(from)) => match args.get(1).and_then(Value::as_str) {
-                Some(to) => Value::from(text.replace(from, to)),
+                Some(to) => {
+                    // Paid before it is made: the result may be as long as the product of both.
+                    let made = text.matches(from).count().saturating_mul(to.len()) + text.len();
+                    state.consume_fuel(made as u64 / 64)?;
+                    Value::from(text.replace(from, to))
+                }
                 None => return Err(unknown()),
             },
             _ => return Err(unknown()),
@@ -315,41 +412,6 @@ fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value])
         }
         _ => Err(unknown()),
     }
-}
-
-/// A stretch of rendered text.
-#[derive(Debug, PartialEq)]
-enum Piece<'a> {
-    Special(u32),
-    Text(&'a str),
-}
-
-/// Splits at special tokens: the leftmost one, of those that start there the longest.
-fn split_special<'a>(text: &'a str, special: &[SpecialToken]) -> Vec<Piece<'a>> {
-    let mut pieces = Vec::new();
-    let (mut start, mut at) = (0, 0);
-    while at < text.len() {
-        let rest = &text[at..];
-        let Some(token) = special.iter().filter(|t| rest.starts_with(&t.text)).max_by_key(|t| t.text.len()) else {
-            at += rest.chars().next().map_or(1, char::len_utf8);
-            continue;
-        };
-        let before = &text[start..at];
-        let before = if token.lstrip { before.trim_end() } else { before };
-        if !before.is_empty() {
-            pieces.push(Piece::Text(before));
-        }
-        pieces.push(Piece::Special(token.id));
-        at += token.text.len();
-        if token.rstrip {
-            at = text.len() - text[at..].trim_start().len();
-        }
-        start = at;
-    }
-    if start < text.len() {
-        pieces.push(Piece::Text(&text[start..]));
-    }
-    pieces
 }
 
 /// Puts `mark` into every place of a message's text where a special token is written, ends or begins.
@@ -398,18 +460,7 @@ mod tests {
     use super::*;
 
     fn token(id: u32, text: &str) -> SpecialToken {
-        SpecialToken { id, text: text.to_owned(), lstrip: false, rstrip: false }
-    }
-
-    #[test]
-    fn the_longest_token_wins_and_white_space_goes_where_asked() {
-        let mut special = vec![token(0, "<a>"), token(1, "<a>b")];
-        let pieces = split_special("x <a>b<a> y", &special);
-        assert_eq!(pieces, [Piece::Text("x "), Piece::Special(1), Piece::Special(0), Piece::Text(" y")]);
-        special[0].rstrip = true;
-        special[1].lstrip = true;
-        let pieces = split_special("x <a>b<a> y", &special);
-        assert_eq!(pieces, [Piece::Text("x"), Piece::Special(1), Piece::Special(0), Piece::Text("y")]);
+        SpecialToken { id, text: text.to_owned(), lstrip: false, rstrip: false, hidden: true }
     }
 
     #[test]

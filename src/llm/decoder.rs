@@ -21,6 +21,17 @@ pub enum Wanted {
     Hidden,
 }
 
+/// How large a pass is at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassSize {
+    /// Tokens that are computed; each of them may be read.
+    pub tokens: usize,
+    /// Tokens that one of them sees.
+    pub seen: usize,
+    /// Tokens of the segments that they continue.
+    pub past: usize,
+}
+
 /// A decoder with its weights on a device.
 pub trait Decoder: Send + Sync {
     /// Keys and values of consecutive tokens of a sequence, in all layers.
@@ -38,9 +49,8 @@ pub trait Decoder: Send + Sync {
     /// Bytes that keys and values of one token take, in all layers.
     fn token_bytes(&self) -> usize;
 
-    /// Bytes that one pass over `tokens` tokens takes at most besides weights and segments, where no token sees more than
-    /// `seen` tokens and `read` positions are read.
-    fn pass_bytes(&self, tokens: usize, seen: usize, read: usize) -> usize;
+    /// Bytes that one pass takes at most besides weights and segments.
+    fn pass_bytes(&self, size: PassSize) -> usize;
 
     /// Copies the tokens `from .. from + len` of a segment.
     fn slice(&self, segment: &Self::Segment, from: usize, len: usize) -> Self::Segment;
@@ -57,4 +67,36 @@ pub trait Decoder: Send + Sync {
         past: &[&Self::Segment],
         each: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<Vec<Self::Segment>>;
+}
+
+/// A decoder that is lent to an engine.
+impl<D: Decoder> Decoder for &D {
+    type Segment = D::Segment;
+
+    fn config(&self) -> &LlamaConfig {
+        (**self).config()
+    }
+    fn batch_tokens(&self) -> usize {
+        (**self).batch_tokens()
+    }
+    fn weight_bytes(&self) -> usize {
+        (**self).weight_bytes()
+    }
+    fn token_bytes(&self) -> usize {
+        (**self).token_bytes()
+    }
+    fn pass_bytes(&self, size: PassSize) -> usize {
+        (**self).pass_bytes(size)
+    }
+    fn slice(&self, segment: &D::Segment, from: usize, len: usize) -> D::Segment {
+        (**self).slice(segment, from, len)
+    }
+    fn forward(
+        &self,
+        pack: &Pack,
+        past: &[&D::Segment],
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<Vec<D::Segment>> {
+        (**self).forward(pack, past, each)
+    }
 }

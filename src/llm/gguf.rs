@@ -1,8 +1,9 @@
 //! GGUF files: header, metadata and tensor table, read from a memory map.
 //!
-//! In: a path. Out: [`Gguf`], whose metadata and tensor extents are all checked against the
+//! In: a path, or bytes. Out: [`Gguf`], whose metadata and tensor extents are all checked against the
 //! length of the file; nothing is allocated from a number in the file before that number was
-//! compared with the bytes that are left. Values are made by [`super::quant`].
+//! compared with the bytes that are left, and arrays stay where they are until they are asked for.
+//! Values are made by [`super::quant`].
 //!
 //! Format: the GGUF specification, version 2 and 3, little-endian
 //! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>).
@@ -10,8 +11,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
-
+use super::bytes::FileBytes;
 use super::quant::BlockType;
 use crate::error::{Error, Result};
 
@@ -23,6 +23,12 @@ const MAX_DIMS: u32 = 4;
 
 /// Arrays may hold arrays, this deep; real files use one level.
 const MAX_ARRAY_DEPTH: u32 = 4;
+
+/// GGUF's id of text.
+const TEXT: u32 = 8;
+
+/// Entries for which room is made before they are read; more come with their bytes.
+const ROOM: usize = 1024;
 
 /// One metadata value. Integers of all widths become `U64` or `I64`.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,8 +45,19 @@ pub enum Value {
     Bool(bool),
     /// UTF-8 text.
     Text(String),
-    /// Values of one type.
-    Array(Vec<Value>),
+    /// Values of one type, still in the file.
+    Array(Array),
+}
+
+/// An array of the metadata: what it holds and where.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Array {
+    /// GGUF's id of the elements' type.
+    kind: u32,
+    /// Elements.
+    len: usize,
+    /// First byte of the first element in the file.
+    at: usize,
 }
 
 /// One entry of the tensor table.
@@ -59,7 +76,7 @@ pub struct TensorInfo {
 /// An opened file.
 pub struct Gguf {
     path: PathBuf,
-    map: Mmap,
+    bytes: FileBytes,
     metadata: HashMap<String, Value>,
     tensors: HashMap<String, TensorInfo>,
 }
@@ -77,13 +94,16 @@ impl Gguf {
     /// Exit 65 for a file that is no GGUF, is cut off, or contradicts itself; the message has
     /// the file and the offset in bytes. Exit 65 too where the file is missing.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = fs_err::File::open(path).map_err(|e| Error::data("cannot open the model file").because(e))?;
-        // SAFETY: the map is read only. Another process that shortens the file while we read it
-        // would end this one (SIGBUS), as with every memory-mapped model file.
-        let map = unsafe { Mmap::map(file.file()) }
-            .map_err(|e| Error::data(format!("cannot map the model file {}", path.display())).because(e))?;
-        let (metadata, tensors) = parse(&map, &path.display().to_string())?;
-        Ok(Gguf { path: path.to_owned(), map, metadata, tensors })
+        Self::from_bytes(FileBytes::map(path)?, path)
+    }
+
+    /// Reads and checks bytes; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`Gguf::open`].
+    pub fn from_bytes(bytes: FileBytes, path: &Path) -> Result<Self> {
+        let (metadata, tensors) = parse(&bytes, path)?;
+        Ok(Gguf { path: path.to_owned(), bytes, metadata, tensors })
     }
 
     /// Where it was read from.
@@ -139,25 +159,48 @@ impl Gguf {
     }
 
     /// A metadata value that must be an array; `None` where it is absent.
-    pub fn array_opt(&self, key: &str) -> Result<Option<&[Value]>> {
+    fn array_opt(&self, key: &str) -> Result<Option<Array>> {
         match self.get(key) {
             None => Ok(None),
-            Some(Value::Array(values)) => Ok(Some(values)),
+            Some(Value::Array(array)) => Ok(Some(*array)),
             Some(_) => Err(self.fault(format!("the metadata key `{key}` is not an array"))),
         }
     }
 
     /// A metadata value that must be an array of text.
     pub fn texts(&self, key: &str) -> Result<Vec<&str>> {
-        let values = self.array_opt(key)?.ok_or_else(|| self.missing(key))?;
-        let mut out = Vec::with_capacity(values.len());
-        for v in values {
-            match v {
-                Value::Text(s) => out.push(s.as_str()),
-                _ => return Err(self.fault(format!("the metadata key `{key}` is not an array of text"))),
-            }
+        let array = self.array_opt(key)?.ok_or_else(|| self.missing(key))?;
+        if array.kind != TEXT {
+            return Err(self.fault(format!("the metadata key `{key}` is not an array of text")));
         }
-        Ok(out)
+        let mut r = Reader { bytes: &self.bytes, at: array.at, file: &self.path };
+        (0..array.len).map(|_| r.text()).collect()
+    }
+
+    /// A metadata value that must be an array of numbers, as f64; `None` where it is absent.
+    pub fn numbers_opt(&self, key: &str) -> Result<Option<Vec<f64>>> {
+        let Some(array) = self.array_opt(key)? else { return Ok(None) };
+        let mut r = Reader { bytes: &self.bytes, at: array.at, file: &self.path };
+        let mut out = Vec::with_capacity(array.len);
+        for _ in 0..array.len {
+            out.push(match r.value(array.kind, MAX_ARRAY_DEPTH)? {
+                Value::U64(n) => n as f64,
+                Value::I64(n) => n as f64,
+                Value::F32(x) => f64::from(x),
+                Value::F64(x) => x,
+                _ => return Err(self.fault(format!("the metadata key `{key}` is not an array of numbers"))),
+            });
+        }
+        Ok(Some(out))
+    }
+
+    /// A metadata value that must be 0 or 1 as a truth value; `None` where it is absent.
+    pub fn truth_opt(&self, key: &str) -> Result<Option<bool>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Bool(b)) => Ok(Some(*b)),
+            Some(_) => Err(self.fault(format!("the metadata key `{key}` is not a truth value"))),
+        }
     }
 
     /// The error for an absent key.
@@ -183,7 +226,7 @@ impl Gguf {
     /// Exit 65 where there is no such tensor.
     pub fn bytes(&self, name: &str) -> Result<(&TensorInfo, &[u8])> {
         let info = self.tensor(name).ok_or_else(|| self.fault(format!("there is no tensor `{name}`")))?;
-        Ok((info, &self.map[info.offset..info.offset + info.bytes]))
+        Ok((info, &self.bytes[info.offset..info.offset + info.bytes]))
     }
 
     /// The values of a tensor as f32, rows one after the other in the file's order.
@@ -206,7 +249,7 @@ impl Gguf {
 type Parsed = (HashMap<String, Value>, HashMap<String, TensorInfo>);
 
 /// Reads everything but the tensor data.
-fn parse(bytes: &[u8], file: &str) -> Result<Parsed> {
+fn parse(bytes: &[u8], file: &Path) -> Result<Parsed> {
     let mut r = Reader { bytes, at: 0, file };
     if bytes.get(..4) != Some(MAGIC) {
         return Err(r.fault(0, "the file does not start with `GGUF`").with_help("give a GGUF file or a model folder"));
@@ -223,10 +266,10 @@ fn parse(bytes: &[u8], file: &str) -> Result<Parsed> {
     // The keys come after both counts, so each count is checked with what is left at its place.
     let key_count = r.count(8 + 4 + 1, "metadata keys")?;
 
-    let mut metadata = HashMap::with_capacity(key_count);
+    let mut metadata = HashMap::with_capacity(key_count.min(ROOM));
     for _ in 0..key_count {
         let at = r.at;
-        let key = r.text()?;
+        let key = r.text()?.to_owned();
         let kind = r.u32()?;
         let value = r.value(kind, 0)?;
         if metadata.insert(key.clone(), value).is_some() {
@@ -240,12 +283,12 @@ fn parse(bytes: &[u8], file: &str) -> Result<Parsed> {
         Some(other) => return Err(r.fault(r.at, format!("`general.alignment` is {other:?}, not a power of two"))),
     };
 
-    let mut raw = Vec::with_capacity(tensor_count);
+    let mut raw = Vec::with_capacity(tensor_count.min(ROOM));
     for _ in 0..tensor_count {
         raw.push(r.tensor()?);
     }
     let data = r.at.div_ceil(alignment) * alignment;
-    let mut tensors = HashMap::with_capacity(tensor_count);
+    let mut tensors = HashMap::with_capacity(tensor_count.min(ROOM));
     for (at, name, dims, block_type, offset) in raw {
         let bytes_needed = block_type
             .bytes_of(&dims)
@@ -273,7 +316,7 @@ fn parse(bytes: &[u8], file: &str) -> Result<Parsed> {
 struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
-    file: &'a str,
+    file: &'a Path,
 }
 
 /// Where its entry starts, name, sizes, type, offset into the data.
@@ -281,7 +324,7 @@ type RawTensor = (usize, String, Vec<usize>, BlockType, u64);
 
 impl<'a> Reader<'a> {
     fn fault(&self, at: usize, what: impl std::fmt::Display) -> Error {
-        Error::data(format!("{}: at byte {at}: {what}", self.file))
+        Error::data(format!("{}: at byte {at}: {what}", self.file.display()))
     }
 
     fn take(&mut self, n: usize) -> Result<&'a [u8]> {
@@ -322,12 +365,12 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn text(&mut self) -> Result<String> {
+    fn text(&mut self) -> Result<&'a str> {
         let n = self.count(1, "bytes of text")?;
         let at = self.at;
         let bytes = self.take(n)?;
         match std::str::from_utf8(bytes) {
-            Ok(s) => Ok(s.to_owned()),
+            Ok(s) => Ok(s),
             Err(e) => Err(self.fault(at + e.valid_up_to(), "text is not UTF-8")),
         }
     }
@@ -347,16 +390,13 @@ impl<'a> Reader<'a> {
                 1 => Value::Bool(true),
                 other => return Err(self.fault(at, format!("{other} is not a truth value"))),
             },
-            8 => Value::Text(self.text()?),
+            TEXT => Value::Text(self.text()?.to_owned()),
             9 if depth < MAX_ARRAY_DEPTH => {
                 let inner = self.u32()?;
                 let n = self.count(least_bytes(inner), "array elements")?;
-                // 32 bytes of memory per element of at least one byte: bounded by the file's size.
-                let mut values = Vec::with_capacity(n);
-                for _ in 0..n {
-                    values.push(self.value(inner, depth + 1)?);
-                }
-                Value::Array(values)
+                let array = Array { kind: inner, len: n, at: self.at };
+                self.skip(inner, n, depth + 1)?;
+                Value::Array(array)
             }
             10 => Value::U64(self.u64()?),
             11 => Value::I64(i64::from_le_bytes(self.array()?)),
@@ -365,9 +405,19 @@ impl<'a> Reader<'a> {
         })
     }
 
+    /// Passes over array elements, which are checked and not kept.
+    fn skip(&mut self, kind: u32, n: usize, depth: u32) -> Result<()> {
+        match kind {
+            TEXT => (0..n).try_for_each(|_| self.text().map(|_| ())),
+            9 => (0..n).try_for_each(|_| self.value(kind, depth).map(|_| ())),
+            0..=12 => self.take(n * least_bytes(kind)).map(|_| ()),
+            other => Err(self.fault(self.at, format!("metadata type {other} is unknown"))),
+        }
+    }
+
     fn tensor(&mut self) -> Result<RawTensor> {
         let at = self.at;
-        let name = self.text()?;
+        let name = self.text()?.to_owned();
         let n_dims = self.u32()?;
         if !(1..=MAX_DIMS).contains(&n_dims) {
             return Err(

@@ -8,12 +8,16 @@
 
 pub mod architectures;
 pub mod blocks;
+pub mod bytes;
 pub mod chat;
 pub mod config;
 pub mod cpu;
 pub mod decoder;
 pub mod engine;
 pub mod gguf;
+#[cfg(test)]
+mod hostile;
+pub mod item;
 pub mod ledger;
 pub mod model;
 pub mod options;
@@ -30,12 +34,14 @@ pub mod scoring;
 pub mod serve;
 pub mod tokenizer;
 pub mod trie;
+pub mod tune;
 pub mod weights;
 
 use std::path::Path;
 
 pub use self::chat::{ChatTokenizer, Message};
 pub use self::config::LlamaConfig;
+pub use self::cpu::linear::Precision;
 pub use self::engine::ScoreRequest;
 pub use self::options::{Half, LlmOptions, Memory};
 pub use self::ranking::{ListFormat, RankRequest, Ranked};
@@ -46,6 +52,7 @@ use self::cpu::CpuModel;
 use self::cpu::kernels::Isa;
 use self::engine::{Engine, Local};
 use self::model::{BurnModel, Placement};
+use self::tune::LoraFile;
 use self::weights::Weights;
 use crate::device::{Device, DeviceChoice, ModelBackend, OnBackend};
 use crate::error::{Error, Result};
@@ -86,12 +93,25 @@ impl Llm {
     /// # Errors
     /// As [`Llm::open`].
     pub fn open_with(path: &Path, device: DeviceChoice, options: LlmOptions) -> Result<Self> {
+        Self::open_adapted(path, None, device, options)
+    }
+
+    /// The same with an adapter, which is added to the weights as they are loaded.
+    ///
+    /// # Errors
+    /// As [`Llm::open`]; exit 65 where the adapter is of another model.
+    pub fn open_adapted(
+        path: &Path,
+        adapter: Option<LoraFile>,
+        device: DeviceChoice,
+        options: LlmOptions,
+    ) -> Result<Self> {
         let opened = device.open()?;
         let chat = ChatTokenizer::open_weights_only(path)?;
-        let weights = Weights::open(path)?;
+        let weights = Weights::open(path)?.with_adapter(adapter)?;
         let engine: Box<dyn Engine> = if matches!(opened.device, Device::Cpu) {
             // Our own arrangement of the same arithmetic; see `cpu/mod.rs`.
-            Box::new(Local::new(CpuModel::load(&weights, Isa::detect())?, options))
+            Box::new(Local::new(CpuModel::load_with(&weights, Isa::detect(), options.precision)?, options))
         } else {
             let placement = Placement { half: options.half != Half::Never, gpu: true };
             opened.device.run(LoadOn(&weights, options, placement))?
@@ -122,12 +142,12 @@ impl Llm {
         Ok(Llm { chat, engine, device: format!("device: {device:?}") })
     }
 
-    /// Loads a model on the CPU with the kernels of a given instruction set.
+    /// Loads a model on the CPU with the f32 kernels of a given instruction set.
     ///
     /// # Errors
     /// As [`Llm::open`]; our bug (exit 70) where this machine lacks the instructions.
     pub fn open_cpu(path: &Path, isa: Isa) -> Result<Self> {
-        Self::open_cpu_with(path, isa, LlmOptions::default())
+        Self::open_cpu_with(path, isa, LlmOptions { precision: Precision::F32, ..LlmOptions::default() })
     }
 
     /// As [`Llm::open_cpu`], with options.
@@ -139,7 +159,7 @@ impl Llm {
             return Err(Error::internal(format!("this machine has no {isa:?} instructions")));
         }
         let chat = ChatTokenizer::open_weights_only(path)?;
-        let engine = Box::new(Local::new(CpuModel::load(&Weights::open(path)?, isa)?, options));
+        let engine = Box::new(Local::new(CpuModel::load_with(&Weights::open(path)?, isa, options.precision)?, options));
         Ok(Llm { chat, engine, device: format!("device: cpu ({isa:?})") })
     }
 

@@ -16,7 +16,7 @@ use burn::tensor::{FloatDType, Tensor, TensorData};
 
 use super::blocks::{self, Blocks, indices};
 use super::config::LlamaConfig;
-use super::decoder::{Decoder, Wanted};
+use super::decoder::{Decoder, PassSize, Wanted};
 use super::pack::{Pack, Read};
 use super::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_bias, layer_tensor};
 use crate::error::{Error, Result};
@@ -311,12 +311,12 @@ impl<B: Backend> Decoder for BurnModel<B> {
         2 * self.config.layers * self.config.kv_width() * if self.half { 2 } else { 4 }
     }
 
-    fn pass_bytes(&self, tokens: usize, seen: usize, read: usize) -> usize {
+    fn pass_bytes(&self, PassSize { tokens, seen, past }: PassSize) -> usize {
         let c = &self.config;
-        let layer = 6 * c.hidden + 4 * (c.q_width() + 2 * c.kv_width()) + 5 * c.intermediate;
-        // Keys and values with their past: every token of the pack, and what is held.
-        let rows = 4 * (tokens * layer + 2 * read * c.hidden + 4 * HEAD_ROWS * c.vocab_size);
-        rows + blocks::bytes(c, tokens, seen) + 512 * (tokens + read)
+        let layer = 8 * c.hidden + 4 * (c.q_width() + 2 * c.kv_width()) + 5 * c.intermediate;
+        // A layer's keys and values are brought together with those of the past.
+        let rows = tokens * layer + 2 * past * c.kv_width() + 4 * HEAD_ROWS * c.vocab_size;
+        4 * rows + blocks::bytes(c, tokens, seen) + 1024 * tokens
     }
 
     fn slice(&self, segment: &Segment<B>, from: usize, len: usize) -> Segment<B> {

@@ -5,7 +5,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::config::LlamaConfig;
-use super::decoder::Decoder;
+use super::cpu::linear::Precision;
+use super::decoder::{Decoder, PassSize};
 
 /// Type of the weights and of what passes between layers, on devices that have the choice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,11 +31,13 @@ pub struct LlmOptions {
     pub kv_bytes: usize,
     /// Type of the weights on a GPU.
     pub half: Half,
+    /// How exactly linear layers compute on a CPU.
+    pub precision: Precision,
 }
 
 impl Default for LlmOptions {
     fn default() -> Self {
-        LlmOptions { batch_tokens: None, kv_bytes: 512 << 20, half: Half::Auto }
+        LlmOptions { batch_tokens: None, kv_bytes: 512 << 20, half: Half::Auto, precision: Precision::Auto }
     }
 }
 
@@ -63,10 +66,14 @@ impl Memory {
         let config: &LlamaConfig = decoder.config();
         let batch = options.batch_tokens.unwrap_or(decoder.batch_tokens()).max(1);
         let token = decoder.token_bytes();
+        let held = options.kv_bytes.max(config.context * token);
         Memory {
             weights: decoder.weight_bytes(),
-            kv: options.kv_bytes.max(config.context * token) + 2 * batch * token,
-            pass: decoder.pass_bytes(batch, config.context, batch),
+            kv: held + 2 * batch * token,
+            pass: decoder.pass_bytes(PassSize { tokens: batch, seen: config.context, past: held / token.max(1) }),
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

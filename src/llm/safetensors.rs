@@ -4,20 +4,31 @@
 //! checked by the `safetensors` crate (lengths, offsets, overlaps) when a file is opened.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
+use super::bytes::FileBytes;
 use super::quant::BlockType;
 use crate::error::{Error, Result};
 
 /// The files of a checkpoint, mapped.
 pub struct Checkpoint {
-    files: Vec<(PathBuf, Mmap)>,
-    /// Tensor name -> index of its file.
-    home: HashMap<String, usize>,
+    files: Vec<(PathBuf, FileBytes)>,
+    tensors: HashMap<String, Entry>,
+}
+
+/// One tensor.
+struct Entry {
+    /// Index of its file.
+    file: usize,
+    dtype: Dtype,
+    /// Sizes, slowest first.
+    shape: Vec<usize>,
+    /// Its bytes in the file.
+    bytes: Range<usize>,
 }
 
 /// `model.safetensors.index.json`.
@@ -30,16 +41,23 @@ impl Checkpoint {
     /// Opens the checkpoint of a folder.
     ///
     /// # Errors
-    /// Exit 65 where a file is missing, cut off or malformed, or a tensor of the index is in no shard.
+    /// Exit 65 where a file is missing, cut off or malformed, or a tensor is not in the shard that the index names.
     pub fn open(folder: &Path) -> Result<Self> {
         let single = folder.join("model.safetensors");
         let index_path = folder.join("model.safetensors.index.json");
         if !single.is_file() && index_path.is_file() {
             return Self::open_shards(folder, &index_path);
         }
-        let map = map(&single)?;
-        let home = read(&single, &map)?.names().into_iter().map(|n| (n.to_owned(), 0)).collect();
-        Ok(Checkpoint { files: vec![(single, map)], home })
+        Self::from_bytes(FileBytes::map(&single)?, &single)
+    }
+
+    /// Reads and checks the bytes of a single file; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn from_bytes(bytes: FileBytes, path: &Path) -> Result<Self> {
+        let tensors = entries(path, &bytes, 0)?.collect();
+        Ok(Checkpoint { files: vec![(path.to_owned(), bytes)], tensors })
     }
 
     fn open_shards(folder: &Path, index_path: &Path) -> Result<Self> {
@@ -51,50 +69,64 @@ impl Checkpoint {
         names.sort_unstable();
         names.dedup();
         let mut files = Vec::new();
-        let mut home = HashMap::new();
+        let mut tensors: HashMap<String, Entry> = HashMap::new();
+        // Tensors that are somewhere else than the index says.
+        let mut elsewhere: HashMap<String, &String> = HashMap::new();
         for name in names {
             // A shard's name is a file beside the index, never a way out of the folder.
             if Path::new(name).components().count() != 1 || name.starts_with("..") {
                 return Err(fault(format!("the shard name `{name}` is not a plain file name")));
             }
             let path = folder.join(name);
-            let map = map(&path)?;
-            for tensor in read(&path, &map)?.names() {
-                home.insert(tensor.to_owned(), files.len());
+            if !path.is_file() {
+                let of = index.weight_map.values().filter(|shard| *shard == name).count();
+                return Err(fault(format!("the shard `{name}` with {of} tensors is missing"))
+                    .with_help("fetch all files of the model into the folder"));
             }
-            files.push((path, map));
+            let bytes = FileBytes::map(&path)?;
+            for (tensor, entry) in entries(&path, &bytes, files.len())? {
+                if index.weight_map.get(&tensor) == Some(name) {
+                    tensors.insert(tensor, entry);
+                } else {
+                    elsewhere.insert(tensor, name);
+                }
+            }
+            files.push((path, bytes));
         }
-        if let Some((tensor, shard)) = index.weight_map.iter().find(|(t, _)| !home.contains_key(*t)) {
-            return Err(fault(format!("the tensor `{tensor}` is not in its shard `{shard}`")));
+        let mut listed: Vec<_> = index.weight_map.iter().collect();
+        listed.sort_unstable();
+        if let Some((tensor, shard)) = listed.into_iter().find(|(t, _)| !tensors.contains_key(*t)) {
+            let where_else = match elsewhere.get(tensor) {
+                Some(other) => format!("it is in `{other}`"),
+                None => "it is in none".to_owned(),
+            };
+            return Err(fault(format!("the tensor `{tensor}` is not in its shard `{shard}`; {where_else}"))
+                .with_help("the index and the shards are of different versions; fetch them again together"));
         }
-        Ok(Checkpoint { files, home })
+        Ok(Checkpoint { files, tensors })
     }
 
     /// All tensor names, sorted.
     pub fn names(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = self.home.keys().map(String::as_str).collect();
+        let mut names: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
         names.sort_unstable();
         names
     }
 
     /// Sizes of a tensor, slowest first (`[rows, columns]`); `None` where there is none.
-    pub fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
-        let Some(file) = self.home.get(name) else { return Ok(None) };
-        let (path, map) = &self.files[*file];
-        let tensors = read(path, map)?;
-        Ok(tensors.tensor(name).ok().map(|t| t.shape().to_vec()))
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(name).map(|t| t.shape.as_slice())
     }
 
     /// Type, sizes (slowest first) and bytes of a tensor.
     ///
     /// # Errors
     /// Exit 65 where there is no such tensor, or its type is not f32, f16 or bf16.
-    pub fn bytes(&self, name: &str) -> Result<(BlockType, Vec<usize>, &[u8])> {
+    pub fn bytes(&self, name: &str) -> Result<(BlockType, &[usize], &[u8])> {
         let missing = || Error::data(format!("{}: there is no tensor `{name}`", self.files[0].0.display()));
-        let (path, map) = &self.files[*self.home.get(name).ok_or_else(missing)?];
-        let tensors = read(path, map)?;
-        let view = tensors.tensor(name).map_err(|_| missing())?;
-        let block_type = match view.dtype() {
+        let entry = self.tensors.get(name).ok_or_else(missing)?;
+        let (path, bytes) = &self.files[entry.file];
+        let block_type = match entry.dtype {
             Dtype::F32 => BlockType::F32,
             Dtype::F16 => BlockType::F16,
             Dtype::BF16 => BlockType::BF16,
@@ -104,7 +136,7 @@ impl Checkpoint {
                     .with_help("save the model as float32, float16 or bfloat16"));
             }
         };
-        Ok((block_type, view.shape().to_vec(), view.data()))
+        Ok((block_type, &entry.shape, &bytes[entry.bytes.clone()]))
     }
 
     /// The values of a tensor as f32, rows one after the other.
@@ -117,7 +149,7 @@ impl Checkpoint {
         block_type.dequantize(bytes, &mut values);
         match super::quant::first_not_finite(&values) {
             Some(i) => {
-                let path = &self.files[self.home[name]].0;
+                let path = &self.files[self.tensors[name].file].0;
                 let what = format!("value {i} of the tensor `{name}` is {}", values[i]);
                 Err(Error::data(format!("{}: {what}", path.display())).with_help("the file is damaged; fetch it again"))
             }
@@ -126,18 +158,17 @@ impl Checkpoint {
     }
 }
 
-/// Maps a file.
-fn map(path: &Path) -> Result<Mmap> {
-    let file = fs_err::File::open(path).map_err(|e| Error::data("cannot open the model's weights").because(e))?;
-    // SAFETY: the map is read only; see `gguf.rs` for what happens when the file shrinks meanwhile.
-    unsafe { Mmap::map(file.file()) }
-        .map_err(|e| Error::data(format!("cannot map the model file {}", path.display())).because(e))
-}
-
-/// Reads and checks a file's header.
-fn read<'a>(path: &Path, map: &'a Mmap) -> Result<SafeTensors<'a>> {
-    SafeTensors::deserialize(map).map_err(|e| {
-        let what = format!("{}: not a whole safetensors file ({} bytes): {e}", path.display(), map.len());
+/// Reads and checks a file's header: its tensors.
+fn entries<'a>(path: &Path, bytes: &'a [u8], file: usize) -> Result<impl Iterator<Item = (String, Entry)> + use<'a>> {
+    let tensors = SafeTensors::deserialize(bytes).map_err(|e| {
+        let what = format!("{}: not a whole safetensors file ({} bytes): {e}", path.display(), bytes.len());
         Error::data(what).with_help("the file is cut off or damaged; fetch it again")
-    })
+    })?;
+    let start = bytes.as_ptr() as usize;
+    Ok(tensors.tensors().into_iter().map(move |(name, view)| {
+        // A view is a part of `bytes`; what is kept is where it begins in it.
+        let at = view.data().as_ptr() as usize - start;
+        let range = at..at + view.data().len();
+        (name, Entry { file, dtype: view.dtype(), shape: view.shape().to_vec(), bytes: range })
+    }))
 }

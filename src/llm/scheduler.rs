@@ -71,8 +71,8 @@ struct Flight<S> {
     cached: usize,
     /// Tokens that others may begin with.
     shared: usize,
-    /// Whether it will go on after its last read.
-    goes_on: bool,
+    /// Tokens that may be added to it; 0 where it ends with its last read.
+    more: usize,
     /// Tokens that are set aside for it.
     reserved: usize,
 }
@@ -80,6 +80,10 @@ struct Flight<S> {
 impl<S> Flight<S> {
     fn pending(&self) -> usize {
         self.ids.len() - self.cached
+    }
+
+    fn goes_on(&self) -> bool {
+        self.more > 0
     }
 }
 
@@ -159,29 +163,33 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
 
     /// Looks up what is known of a job; `None` where no room is left for a sequence that goes on.
     fn begin(&mut self, job: usize) -> Option<Flight<D::Segment>> {
-        let waiting = self.jobs[job].as_ref()?;
-        let (len, first_read) = (waiting.ids.len(), waiting.reads.first().map_or(0, |r| r.0));
-        let goes_on = waiting.more > 0;
-        // What it will hold between batches: itself, or what was computed of a sequence longer than a batch.
-        let holds = goes_on || len > self.limits.batch;
-        let reserved = if holds { len + waiting.more } else { 0 };
-        if reserved > 0 && self.reserved > 0 && self.reserved + reserved > self.limits.held {
+        let Job { ids, reads, more } = self.jobs[job].take()?;
+        // A known position has no result, so what is read is computed.
+        let first_read = reads.first().map_or(0, |r| r.0);
+        let path = self.tree.lookup(&ids[..first_read]);
+        let cached: usize = path.iter().map(|h| h.len).sum();
+        let fresh = ids.len() - cached;
+        let goes_on = more > 0;
+        let shared = if goes_on { ids.len() } else { first_read };
+        // What it will hold between batches beside the tree: itself, or what was computed of a sequence longer than a batch.
+        let reserved = if goes_on || fresh > self.limits.batch { fresh + more } else { 0 };
+        let others = self.reserved > 0;
+        let flight = Flight { job, ids, reads, answered: 0, path, cached, shared, more, reserved };
+        self.reserve(reserved as isize);
+        // The tree keeps what others hold.
+        if reserved > 0 && others && self.reserved + self.tree.tokens() > self.limits.held {
+            self.give_up(flight);
             return None;
         }
-        self.reserve(reserved as isize);
-        let Job { ids, reads, .. } = self.jobs[job].take()?;
-        // A known position has no result, so what is read is computed.
-        let path = self.tree.lookup(&ids[..first_read]);
-        let cached = path.iter().map(|h| h.len).sum();
-        let shared = if goes_on { len } else { first_read };
-        Some(Flight { job, ids, reads, answered: 0, path, cached, shared, goes_on, reserved })
+        Some(flight)
     }
 
     /// Puts a job back that was looked up only.
     fn give_up(&mut self, flight: Flight<D::Segment>) {
-        self.reserve(-(flight.reserved as isize));
-        let more = flight.reserved.saturating_sub(flight.ids.len()).max(usize::from(flight.goes_on));
-        self.jobs[flight.job] = Some(Job { ids: flight.ids, reads: flight.reads, more });
+        let Flight { job, ids, reads, more, path, reserved, .. } = flight;
+        drop(path);
+        self.reserve(-(reserved as isize));
+        self.jobs[job] = Some(Job { ids, reads, more });
     }
 
     /// Sets tokens aside (or frees them); the tree has the rest.
@@ -224,7 +232,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
                 let flight = &batch[*f];
                 let waiting = &flight.reads[flight.answered..];
                 let now = waiting.iter().take_while(|r| r.0 < *upto).count();
-                let held = flight.goes_on || *upto < flight.ids.len();
+                let held = flight.goes_on() || *upto < flight.ids.len();
                 Sequence {
                     ids: &flight.ids[..*upto],
                     past: &seen[*f],
@@ -261,7 +269,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         drop(past);
         for (s, f) in order.iter().enumerate() {
             batch[*f].answered += answered[s];
-            if batch[*f].goes_on || upto[s] < batch[*f].ids.len() {
+            if batch[*f].goes_on() || upto[s] < batch[*f].ids.len() {
                 let runs = merged.paths[s].iter().map(|r| (&kept[*r], merged.pack.runs[*r].len));
                 let fresh = runs.filter_map(|(segment, len)| Some(Held { segment: segment.clone()?, len }));
                 batch[*f].path.extend(fresh);
@@ -305,7 +313,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             self.active.push_back(flight);
             return Ok(());
         }
-        if flight.goes_on
+        if flight.goes_on()
             && let Some(More { ids, wanted }) = plan.next(flight.job)
         {
             flight.ids.extend(ids);

@@ -11,8 +11,13 @@
 //! | `{"op":"logits","ids":[..],"top":20,"probe":[ids]}` | `{"top":[[id,logit],..],"probe":[[id,logit],..],"mean":..,"std":..,"logsumexp":..}` of the last position |
 //! | `{"op":"score","ids":[..],"continuations":[[ids],..]}` | `{"logprobs":[[per token],..],"sums":[..]}` |
 //! | `{"op":"generate","ids":[..],"max_new":32,"stop_at_end":false}` | `{"ids":[..],"text":..}`, greedy |
+//! | `{"op":"labels","ids":[..],"labels":[ids],"among":false}` | `{"logprobs":[..]}` of one-token labels, over the vocabulary or among the labels |
+//! | `{"op":"rank","ids":[..],"titles":[..],"numbered":false}` | `{"order":[..],"logprobs":[..]}`: the list that is written greedily, candidates only; `"candidates":[[ids],..]` in place of `"titles"` |
+//! | `{"op":"rate","ids":[..],"ratings":[1,2,3,4,5]}` | `{"expected":..,"greedy":..,"probabilities":[..]}`; a rating may be `[value,[ids]]` |
+//! | `{"op":"hidden","ids":[..]}` | `{"mean":[..]}` of the final hidden states |
+//! | `{"op":"memory"}` | `{"weights":..,"kv":..,"pass":..,"total":..}`, bytes at most |
 //!
-//! `logits`, `score` and `generate` take `"text"` (special tokens parsed) in place of `"ids"`.
+//! Where `"ids"` are taken, `"text"` (special tokens parsed) may stand in their place.
 
 use std::io::{BufRead, Write};
 
@@ -23,11 +28,13 @@ use serde_json::{Map, Value as Json, json};
 use super::Llm;
 use super::chat::Message;
 use super::engine::ScoreRequest;
+use super::ranking::{ListFormat, RankRequest};
+use super::rating::RatingScale;
 use super::scoring;
 use crate::error::{Error, Result};
 
 /// The operations, for messages.
-const OPERATIONS: &str = "tokenize, decode, chat, logits, score, generate";
+const OPERATIONS: &str = "tokenize, decode, chat, logits, score, generate, labels, rank, rate, hidden, memory";
 
 /// Answers requests until the input ends.
 ///
@@ -103,6 +110,46 @@ struct Generate {
     stop_at_end: bool,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Labels {
+    ids: Option<Vec<u32>>,
+    text: Option<String>,
+    labels: Vec<u32>,
+    #[serde(default)]
+    among: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rank {
+    ids: Option<Vec<u32>>,
+    text: Option<String>,
+    titles: Option<Vec<String>>,
+    candidates: Option<Vec<Vec<u32>>>,
+    #[serde(default)]
+    numbered: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rate {
+    ids: Option<Vec<u32>>,
+    text: Option<String>,
+    ratings: Vec<Json>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Hidden {
+    ids: Option<Vec<u32>>,
+    text: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Memory {}
+
 fn yes() -> bool {
     true
 }
@@ -131,6 +178,15 @@ fn answer(llm: &Llm, line: &[u8]) -> Result<Json> {
         "logits" => logits(llm, fields_of(&op, fields)?),
         "score" => score(llm, fields_of(&op, fields)?),
         "generate" => generate(llm, fields_of(&op, fields)?),
+        "labels" => labels(llm, fields_of(&op, fields)?),
+        "rank" => rank(llm, fields_of(&op, fields)?),
+        "rate" => rate(llm, fields_of(&op, fields)?),
+        "hidden" => hidden(llm, fields_of(&op, fields)?),
+        "memory" => {
+            let Memory {} = fields_of(&op, fields)?;
+            let m = llm.memory();
+            Ok(json!({"weights": m.weights, "kv": m.kv, "pass": m.pass, "total": m.total()}))
+        }
         other => Err(bad(format!("the operation `{other}` is unknown"))),
     }
 }
@@ -204,6 +260,55 @@ fn generate(llm: &Llm, request: Generate) -> Result<Json> {
     let ids = llm.generate(&prompt, request.max_new, stop)?;
     let text = llm.chat().decode(&ids);
     Ok(json!({"ids": ids, "text": text}))
+}
+
+fn labels(llm: &Llm, request: Labels) -> Result<Json> {
+    let (prompts, labels) = ([prompt(llm, request.ids, request.text)?], [request.labels]);
+    let logprobs = if request.among {
+        llm.label_logprobs_among(&prompts, &labels, &mut |_| Ok(()))?
+    } else {
+        llm.label_logprobs(&prompts, &labels, &mut |_| Ok(()))?
+    };
+    Ok(json!({"logprobs": logprobs[0]}))
+}
+
+fn rank(llm: &Llm, request: Rank) -> Result<Json> {
+    let prompt = prompt(llm, request.ids, request.text)?;
+    let request = match (request.titles, request.candidates) {
+        (Some(titles), None) => {
+            llm.chat().tokenizer()?;
+            let titles: Vec<&str> = titles.iter().map(String::as_str).collect();
+            let format = if request.numbered { ListFormat::Numbered } else { ListFormat::Lines };
+            RankRequest::new(llm.chat(), prompt, &titles, format)
+        }
+        (None, Some(candidates)) => RankRequest { prompt, candidates, leads: Vec::new() },
+        _ => return Err(Error::data("give `titles` or `candidates`, one of the two")),
+    };
+    let ranked = llm.rank_by_generation(&[request], &mut |_| Ok(()))?.swap_remove(0);
+    Ok(json!({"order": ranked.order, "logprobs": ranked.logprobs}))
+}
+
+fn rate(llm: &Llm, request: Rate) -> Result<Json> {
+    let prompts = [prompt(llm, request.ids, request.text)?];
+    let numbers: Option<Vec<f64>> = request.ratings.iter().map(Json::as_f64).collect();
+    let scale = match numbers {
+        Some(values) => {
+            llm.chat().tokenizer()?;
+            RatingScale::new(llm.chat(), &values)?
+        }
+        None => {
+            let rating = |r: &Json| serde_json::from_value::<(f64, Vec<u32>)>(r.clone());
+            let ratings: std::result::Result<Vec<_>, _> = request.ratings.iter().map(rating).collect();
+            let ratings = ratings.map_err(|e| Error::data(format!("a rating is a number or [value, [ids]]: {e}")))?;
+            RatingScale::from_tokens(ratings, llm.chat().end_of_text())?
+        }
+    };
+    Ok(json!(llm.rate(&prompts, &scale, &mut |_| Ok(()))?.swap_remove(0)))
+}
+
+fn hidden(llm: &Llm, request: Hidden) -> Result<Json> {
+    let texts = [prompt(llm, request.ids, request.text)?];
+    Ok(json!({"mean": llm.hidden_means(&texts, &mut |_| Ok(()))?[0]}))
 }
 
 /// Every id is of the vocabulary.

@@ -12,6 +12,7 @@ use super::config::LlamaConfig;
 use super::gguf::Gguf;
 use super::quant::BlockType;
 use super::safetensors::Checkpoint;
+use super::tune::LoraFile;
 use crate::error::{Error, Result};
 
 /// The file or folder behind [`Weights`].
@@ -25,6 +26,7 @@ pub struct Weights {
     path: PathBuf,
     store: Store,
     config: LlamaConfig,
+    adapter: Option<LoraFile>,
 }
 
 /// Whether a path is a model folder (else a GGUF file).
@@ -39,15 +41,23 @@ impl Weights {
     /// # Errors
     /// Exit 65, with the name of the tensor.
     pub fn open(path: &Path) -> Result<Self> {
-        let (store, config) = if is_folder(path) {
-            let config = LlamaConfig::from_hf(&path.join("config.json"))?;
-            (Store::Folder(Checkpoint::open(path)?), config)
-        } else {
-            let gguf = Gguf::open(path)?;
-            let config = LlamaConfig::from_gguf(&gguf)?;
-            (Store::Gguf(gguf), config)
-        };
-        let weights = Weights { path: path.to_owned(), store, config };
+        if !is_folder(path) {
+            return Self::from_gguf(Gguf::open(path)?);
+        }
+        let config = LlamaConfig::from_hf(&path.join("config.json"))?;
+        let store = Store::Folder(Checkpoint::open(path)?);
+        let weights = Weights { path: path.to_owned(), store, config, adapter: None };
+        weights.check()?;
+        Ok(weights)
+    }
+
+    /// Takes an opened GGUF file, as [`Weights::open`] does.
+    ///
+    /// # Errors
+    /// As [`Weights::open`].
+    pub fn from_gguf(gguf: Gguf) -> Result<Self> {
+        let config = LlamaConfig::from_gguf(&gguf)?;
+        let weights = Weights { path: gguf.path().to_owned(), store: Store::Gguf(gguf), config, adapter: None };
         weights.check()?;
         Ok(weights)
     }
@@ -57,9 +67,36 @@ impl Weights {
         &self.config
     }
 
+    /// The shape of the model, for tests that spoil it.
+    #[cfg(test)]
+    pub(crate) fn config_mut(&mut self) -> &mut LlamaConfig {
+        &mut self.config
+    }
+
+    /// The same model with an adapter added to its matrices.
+    ///
+    /// # Errors
+    /// The adapter is of another model (exit 65).
+    pub fn with_adapter(mut self, adapter: Option<LoraFile>) -> Result<Self> {
+        if let Some(adapter) = &adapter {
+            adapter.check(&self.config)?;
+        }
+        self.adapter = adapter;
+        Ok(self)
+    }
+
     /// The values of a tensor by its Hugging Face name, e.g. `model.layers.0.self_attn.q_proj.weight`:
     /// `[rows, columns]` row by row, or `[columns]`.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let mut values = self.own_values(name)?;
+        if let Some(adapter) = &self.adapter {
+            adapter.add_to(name, &mut values);
+        }
+        Ok(values)
+    }
+
+    /// Those of the file, without the adapter.
+    fn own_values(&self, name: &str) -> Result<Vec<f32>> {
         match &self.store {
             Store::Folder(checkpoint) => checkpoint.values(name),
             Store::Gguf(gguf) => {
@@ -77,9 +114,19 @@ impl Weights {
     /// # Errors
     /// Exit 65 where there is no such tensor, or its type cannot be read. Values are not looked at: a damaged file may
     /// hold infinities, which [`Weights::values`] refuses.
+    ///
+    /// A matrix that an adapter adds to is f32, whatever the file holds.
     pub fn blocks(&self, name: &str) -> Result<Blocks<'_>> {
+        if let Some([a, b]) = self.adapter.as_ref().and_then(|adapter| adapter.of(name)) {
+            let bytes = self.values(name)?.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let (rows, columns) = (b.shape[0], a.shape[1]);
+            return Ok(Blocks { block_type: BlockType::F32, rows, columns, bytes: Cow::Owned(bytes) });
+        }
         let (block_type, dims, bytes) = match &self.store {
-            Store::Folder(checkpoint) => checkpoint.bytes(name)?,
+            Store::Folder(checkpoint) => {
+                let (block_type, shape, bytes) = checkpoint.bytes(name)?;
+                (block_type, shape.to_vec(), bytes)
+            }
             Store::Gguf(gguf) => {
                 let (info, bytes) = gguf.bytes(&gguf_name(name))?;
                 (info.block_type, info.dims.iter().rev().copied().collect(), bytes)
@@ -102,10 +149,10 @@ impl Weights {
     }
 
     /// Sizes of a tensor, slowest first.
-    fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
         match &self.store {
-            Store::Folder(checkpoint) => checkpoint.shape(name),
-            Store::Gguf(gguf) => Ok(gguf.tensor(&gguf_name(name)).map(|t| t.dims.iter().rev().copied().collect())),
+            Store::Folder(checkpoint) => checkpoint.shape(name).map(<[usize]>::to_vec),
+            Store::Gguf(gguf) => gguf.tensor(&gguf_name(name)).map(|t| t.dims.iter().rev().copied().collect()),
         }
     }
 
@@ -113,7 +160,7 @@ impl Weights {
         let fault = |what: String| Error::data(format!("{}: {what}", self.path.display()));
         let expected = tensors(&self.config);
         for TensorName { hf: name, shape, .. } in &expected {
-            match self.shape(name)? {
+            match self.shape(name) {
                 Some(found) if found == *shape => {}
                 Some(found) => {
                     return Err(fault(format!(

@@ -69,6 +69,22 @@ pub struct StageNode {
     pub span: Origin,
 }
 
+/// The slot of an LLM that another stage made; no stage kind has an input slot of that name besides one that it reads as `model`.
+const MODEL_SLOT: &str = "model";
+
+impl StageNode {
+    /// Whether an input is an LLM that the stage names among its models.
+    pub fn is_model(&self, input: &ResolvedInput) -> bool {
+        input.slot.slot == MODEL_SLOT && self.stage.models().contains(&input.slot.reference)
+    }
+
+    /// The models that are not made by another stage: entries of the catalogue and paths.
+    pub fn outside_models(&self) -> Vec<String> {
+        let made = |name: &String| self.inputs.iter().any(|i| self.is_model(i) && i.slot.reference == *name);
+        self.stage.models().into_iter().filter(|name| !made(name)).collect()
+    }
+}
+
 /// A stage whose values were accepted, before its references are followed.
 struct Resolved {
     node: StageNode,
@@ -98,6 +114,15 @@ pub fn build(
     for stage in &mut resolved {
         let mut inputs = Vec::new();
         for slot in stage.node.stage.inputs() {
+            match names.find(&stage.node.name, &slot, &stage.item, text) {
+                Ok(Some((from, output))) => inputs.push(ResolvedInput { slot, from, output }),
+                Ok(None) => {}
+                Err(mistake) => out.push(mistake),
+            }
+        }
+        // An LLM that another stage tuned is named as any other one, and read as an artifact.
+        for model in stage.node.stage.models().into_iter().filter(|m| names.is_output(m)) {
+            let slot = InputSlot::artifact(MODEL_SLOT, &model);
             match names.find(&stage.node.name, &slot, &stage.item, text) {
                 Ok(Some((from, output))) => inputs.push(ResolvedInput { slot, from, output }),
                 Ok(None) => {}
@@ -185,6 +210,11 @@ struct Names<'a> {
 }
 
 impl Names<'_> {
+    /// Whether a model's name is that of a stage, or of one of its outputs.
+    fn is_output(&self, model: &str) -> bool {
+        self.stages.contains(&model.split_once('.').map_or(model, |(stage, _)| stage))
+    }
+
     /// What `slot` refers to; `None` where that stage has mistakes of its own.
     fn find(
         &self,

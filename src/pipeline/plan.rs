@@ -73,7 +73,7 @@ pub async fn plan(pipeline: &Pipeline, around: &Surroundings, options: &RunOptio
         let reads: BTreeSet<&str> = stage.inputs.iter().map(|i| i.from.name()).collect();
         let mut node = PlannedNode::new(&stage.name, stage.kind.name, reads.into_iter().map(str::to_owned).collect());
         let mut models = BTreeMap::new();
-        for model in stage.stage.models() {
+        for model in stage.outside_models() {
             let file = around.catalog.model_digest(&model, &pipeline.root, &around.cache)?;
             models.insert(model, file);
         }

@@ -236,7 +236,7 @@ impl Run<'_> {
     async fn stage(&self, place: &NodePlace, node: &StageNode, forced: bool) -> Result<(Record, bool)> {
         let observer = self.events.started(place);
         let mut models: BTreeMap<String, ModelFile> = BTreeMap::new();
-        for name in node.stage.models() {
+        for name in node.outside_models() {
             let fetch = FetchLines(self.events.as_ref(), observer.clone());
             let file =
                 self.around.catalog.resolve_model(&name, &self.pipeline.root, &self.around.cache, &fetch).await?;
@@ -252,11 +252,12 @@ impl Run<'_> {
             return Ok((record, true));
         }
         let began = Instant::now();
+        let inputs = self.inputs(node, &mut models).await?;
         let ctx = StageContext {
             name: node.name.clone(),
             seed: node.seed,
             device: self.pipeline.device,
-            inputs: self.inputs(node).await?,
+            inputs,
             models,
             savings: self.savings.clone(),
             warehouse: self.warehouse.clone(),
@@ -272,7 +273,12 @@ impl Run<'_> {
         Ok((record, false))
     }
 
-    async fn inputs(&self, node: &StageNode) -> Result<BTreeMap<String, StageInput>> {
+    /// The stage's inputs; LLMs that other stages made go to `models`, as folders.
+    async fn inputs(
+        &self,
+        node: &StageNode,
+        models: &mut BTreeMap<String, ModelFile>,
+    ) -> Result<BTreeMap<String, StageInput>> {
         let mut inputs = BTreeMap::new();
         for input in &node.inputs {
             let record = self
@@ -280,6 +286,12 @@ impl Run<'_> {
                 .get(input.from.name())
                 .ok_or_else(|| Error::internal(format!("`{}` has not run", input.from.name())))?;
             let opened = self.cache.open(record, &input.output).await?;
+            if let (StageInput::Artifact { digest, artifact }, true) = (&opened, node.is_model(input)) {
+                let (digest, files, cache) = (digest.clone(), artifact.files.clone(), self.around.cache.clone());
+                let place = tokio::task::spawn_blocking(move || ModelFile::of_files(&files, &digest, &cache)).await?;
+                models.insert(input.slot.reference.clone(), place?);
+                continue;
+            }
             if let (StageInput::Table(table), What::Table) = (&opened, input.slot.what) {
                 check_columns(&input.slot.slot, &input.slot.reference, &input.slot.columns, &table.schema())?;
             }

@@ -6,11 +6,13 @@
 //! The templates are the files of `prompts/`, built in and replaceable.
 
 pub mod budget;
+pub mod instructions;
 pub mod templates;
 pub mod titles;
 pub mod topk;
 
 pub use budget::{Budget, Fitted, TooLong, fit};
+pub use instructions::{InstructionFields, InstructionTask, InstructionTemplates, Line};
 pub use templates::{CandidateStyle, Fields, LETTERS, Templates, label};
 pub use titles::clean_title;
 pub use topk::{CandidateOrder, TopkOptions, TopkPrompt, UserCase};

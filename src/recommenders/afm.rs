@@ -12,6 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::idle::Idle;
 use super::optim::{ParamId, Params, Vars, xavier_normal};
 use super::rating::layers::{Pass, bi_interaction, penalty, sum_groups};
 use super::rating::learner::{self, Common, Inputs, RatingModel, Sizes};
@@ -70,6 +71,11 @@ pub const BACKBONE: Backbone = Backbone {
     about: "AFM: a factorisation machine with attention over its pairs of fields; predicts ratings",
     task: Task::Rating,
     schema: || schemars::schema_for!(Afm),
+    idle: &[Idle {
+        keys: &["attention_factor", "l2_reg_att", "afm_dropout"],
+        when: |full| full["use_attention"] == false,
+        why: "with `use_attention = false`",
+    }],
     make: Make::Rating {
         build: |given| Ok(Box::new(parse(given)?)),
         load: |given, fields, tensors| Ok(Box::new(Fitted::load(&parse(given.clone())?, fields, tensors)?)),

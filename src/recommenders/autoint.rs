@@ -13,9 +13,10 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::idle::{self, Idle};
 use super::ops::{AttentionMask, attention};
 use super::optim::{ParamId, Params, Vars, xavier_normal};
-use super::rating::layers::{Dnn, Mlp, Pass};
+use super::rating::layers::{self, Dnn, Mlp, Pass};
 use super::rating::learner::{self, Common, Inputs, RatingModel, Sizes};
 use super::rating::predictor::Fitted;
 use super::rating::{RatingFit, RatingRecommender, Ratings};
@@ -74,6 +75,14 @@ pub const BACKBONE: Backbone = Backbone {
     about: "AutoInt: self-attention over the fields, beside a perceptron; predicts ratings",
     task: Task::Rating,
     schema: || schemars::schema_for!(AutoInt),
+    idle: &[
+        layers::NO_PERCEPTRON,
+        Idle {
+            keys: &["att_embedding_size", "att_head_num", "att_res"],
+            when: |full| idle::is_zero(full, "att_layer_num"),
+            why: "with `att_layer_num = 0`",
+        },
+    ],
     make: Make::Rating {
         build: |given| Ok(Box::new(parse(given)?)),
         load: |given, fields, tensors| Ok(Box::new(Fitted::load(&parse(given.clone())?, fields, tensors)?)),

@@ -10,6 +10,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::idle::Idle;
 use super::registry::{Backbone, Make, Task};
 use super::sequential::{
     Activation, Decay, EncoderHyper, LossKind, NormPlace, Objective, OptimizerHyper, Positions, SequenceModel,
@@ -100,10 +101,19 @@ pub const BACKBONE: Backbone = Backbone {
     about: "BERT4Rec: a bidirectional transformer over the history that fills in masked items",
     task: Task::Sequential,
     schema: || schemars::schema_for!(Bert4RecHyper),
+    idle: &[
+        config::IDLE[0],
+        config::IDLE[1],
+        Idle {
+            keys: &["mask_rate"],
+            when: |full| full["last_mask_rate"].as_f64() == Some(1.0),
+            why: "with `last_mask_rate = 1`: every sequence has its last item masked",
+        },
+    ],
     make: Make::Ranking {
         build: |given| {
             let hyper: Bert4RecHyper = hyper::parse("bert4rec", given)?;
-            config::check("bert4rec", &hyper.encoder, &hyper.optimizer, &Bert4RecHyper::default().optimizer)?;
+            config::check("bert4rec", &hyper.encoder)?;
             Ok(Box::new(hyper))
         },
         load: |hyper, tensors| {
@@ -174,10 +184,7 @@ mod tests {
 
     #[test]
     fn settings_without_effect_are_refused() {
-        let refused = |given| match (BACKBONE.make, given) {
-            (Make::Ranking { build, .. }, given) => build(given).err().map(|e| (e.fault.exit_code(), e.message)),
-            _ => None,
-        };
+        let refused = |given| BACKBONE.hyper(&given).err().map(|e| (e.fault.exit_code(), e.message));
         let error = refused(json!({"loss": "softmax", "negatives": 7})).unwrap();
         assert!(error.0 == 78 && error.1.contains("`negatives`"), "{error:?}");
         assert_eq!(refused(json!({"loss": "sampled-softmax", "negatives": 7})), None);

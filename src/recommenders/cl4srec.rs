@@ -11,6 +11,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::idle::{self, Idle};
 use super::registry::{Backbone, Make, Task};
 use super::sequential::augmentation::Shares;
 use super::sequential::{
@@ -113,23 +114,22 @@ impl Cl4SRecHyper {
 
     /// What no single range can say.
     fn check(&self) -> Result<()> {
-        let defaults = Self::default();
-        config::check("cl4srec", &self.encoder, &self.optimizer, &defaults.optimizer)?;
+        config::check("cl4srec", &self.encoder)?;
         if self.augmentations.is_empty() {
             return Err(Error::spec("`augmentations` of `cl4srec` is empty").with_help(
                 "name at least one of `crop`, `mask`, `reorder`; without a contrastive term this is `sasrec`",
             ));
         }
-        let rates = [
-            ("crop_rate", Augmentation::Crop, self.crop_rate != defaults.crop_rate),
-            ("mask_rate", Augmentation::Mask, self.mask_rate != defaults.mask_rate),
-            ("reorder_rate", Augmentation::Reorder, self.reorder_rate != defaults.reorder_rate),
-        ];
-        match rates.iter().find(|(_, kind, changed)| *changed && !self.augmentations.contains(kind)) {
-            Some((name, ..)) => Err(config::unused_setting("cl4srec", name, "`augmentations` does not name its kind")),
-            None => Ok(()),
-        }
+        Ok(())
     }
+}
+
+/// Why a rate is idle.
+const NOT_NAMED: &str = "as `augmentations` does not name its kind";
+
+/// Whether no view is made that way.
+fn lacks(full: &serde_json::Value, kind: &str) -> bool {
+    full["augmentations"].as_array().is_some_and(|kinds| kinds.iter().all(|k| k != kind))
 }
 
 /// `cl4srec` in the registry.
@@ -138,6 +138,18 @@ pub const BACKBONE: Backbone = Backbone {
     about: "CL4SRec: SASRec with a contrastive term over cropped, masked and reordered histories",
     task: Task::Sequential,
     schema: || schemars::schema_for!(Cl4SRecHyper),
+    idle: &[
+        config::IDLE[0],
+        config::IDLE[1],
+        Idle {
+            keys: &["augmentations", "crop_rate", "mask_rate", "reorder_rate", "temperature"],
+            when: |full| idle::is_zero(full, "cl_rate"),
+            why: "with `cl_rate = 0`: there is no contrastive term",
+        },
+        Idle { keys: &["crop_rate"], when: |full| lacks(full, "crop"), why: NOT_NAMED },
+        Idle { keys: &["mask_rate"], when: |full| lacks(full, "mask"), why: NOT_NAMED },
+        Idle { keys: &["reorder_rate"], when: |full| lacks(full, "reorder"), why: NOT_NAMED },
+    ],
     make: Make::Ranking {
         build: |given| {
             let hyper: Cl4SRecHyper = hyper::parse("cl4srec", given)?;
@@ -208,10 +220,7 @@ mod tests {
 
     #[test]
     fn settings_without_effect_are_refused() {
-        let refused = |given| match (BACKBONE.make, given) {
-            (Make::Ranking { build, .. }, given) => build(given).err().map(|e| (e.fault.exit_code(), e.message)),
-            _ => None,
-        };
+        let refused = |given| BACKBONE.hyper(&given).err().map(|e| (e.fault.exit_code(), e.message));
         let error = refused(json!({"loss": "softmax", "negatives": 7})).unwrap();
         assert!(error.0 == 78 && error.1.contains("`negatives`"), "{error:?}");
         assert_eq!(refused(json!({"loss": "sampled-softmax", "negatives": 7})), None);

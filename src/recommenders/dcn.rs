@@ -12,8 +12,9 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::idle::{self, Idle};
 use super::optim::{ParamId, Params, Vars, xavier_normal};
-use super::rating::layers::{Dnn, Mlp, Pass, penalty, plus};
+use super::rating::layers::{self, Dnn, Mlp, Pass, penalty, plus};
 use super::rating::learner::{self, Common, Inputs, RatingModel, Sizes};
 use super::rating::predictor::Fitted;
 use super::rating::{RatingFit, RatingRecommender, Ratings};
@@ -80,6 +81,14 @@ pub const BACKBONE: Backbone = Backbone {
     about: "DCN: layers that cross the input with itself, beside a perceptron; predicts ratings",
     task: Task::Rating,
     schema: || schemars::schema_for!(Dcn),
+    idle: &[
+        layers::NO_PERCEPTRON,
+        Idle {
+            keys: &["cross_parameterization", "l2_reg_cross"],
+            when: |full| idle::is_zero(full, "cross_num"),
+            why: "with `cross_num = 0`",
+        },
+    ],
     make: Make::Rating {
         build: |given| Ok(Box::new(parse(given)?)),
         load: |given, fields, tensors| Ok(Box::new(Fitted::load(&parse(given.clone())?, fields, tensors)?)),

@@ -11,7 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::optim::{ParamId, Params, Vars, xavier_normal};
-use super::rating::layers::{Dnn, Mlp, Pass, bi_interaction, sum_groups};
+use super::rating::layers::{self, Dnn, Mlp, Pass, bi_interaction, sum_groups};
 use super::rating::learner::{self, Common, Inputs, RatingModel, Sizes};
 use super::rating::predictor::Fitted;
 use super::rating::{RatingFit, RatingRecommender, Ratings};
@@ -59,6 +59,7 @@ pub const BACKBONE: Backbone = Backbone {
     about: "DeepFM: a factorisation machine and a perceptron over the same embeddings; predicts ratings",
     task: Task::Rating,
     schema: || schemars::schema_for!(DeepFm),
+    idle: &[layers::NO_PERCEPTRON],
     make: Make::Rating {
         build: |given| Ok(Box::new(parse(given)?)),
         load: |given, fields, tensors| Ok(Box::new(Fitted::load(&parse(given.clone())?, fields, tensors)?)),

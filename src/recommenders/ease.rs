@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::idle::Idle;
 use super::item_item::{Incidence, ItemItemScorer, Recency, Sizes, check_catalogue};
 use super::linear_algebra::inverse::invert;
 use super::registry::{Backbone, Make, Task};
@@ -45,6 +46,11 @@ pub const BACKBONE: Backbone = Backbone {
     about: "EASE: a linear item-to-item model in closed form; with `decay` below 1 recent items weigh more and it is sequential",
     task: Task::Direct,
     schema: || schemars::schema_for!(EaseHyper),
+    idle: &[Idle {
+        keys: &["floor"],
+        when: |full| full["decay"].as_f64() == Some(1.0),
+        why: "with `decay = 1`, which weighs the whole history alike",
+    }],
     make: Make::Ranking {
         build: |given| Ok(Box::new(hyper::parse::<EaseHyper>("ease", given)?)),
         load: |given, tensors| {

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::idle::{self, Idle};
 use super::item_item::{Incidence, ItemItemScorer, Recency, Sizes, check_catalogue, item_rows};
 use super::linear_algebra::eigen::{leading, outer};
 use super::registry::{Backbone, Make, Task};
@@ -47,6 +48,7 @@ pub const BACKBONE: Backbone = Backbone {
     about: "GF-CF: a linear and an ideal low-pass filter over the graph of items, in closed form",
     task: Task::Direct,
     schema: || schemars::schema_for!(GfCfHyper),
+    idle: &[Idle { keys: &["rank"], when: |full| idle::is_zero(full, "alpha"), why: "with `alpha = 0`" }],
     make: Make::Ranking {
         build: |given| Ok(Box::new(hyper::parse::<GfCfHyper>("gf_cf", given)?)),
         load: |_, tensors| Ok(Box::new(ItemItemScorer::load(tensors, Recency::NONE)?)),

@@ -62,6 +62,7 @@ pub const BACKBONE: Backbone = Backbone {
     about: "implicit-feedback matrix factorisation by alternating least squares; users are solved from their history",
     task: Task::Direct,
     schema: || schemars::schema_for!(IalsHyper),
+    idle: &[],
     make: Make::Ranking {
         build: |given| Ok(Box::new(hyper::parse::<IalsHyper>("ials", given)?)),
         load: |given, tensors| Ok(Box::new(IalsScorer::load(&hyper::parse("ials", given.clone())?, tensors)?)),

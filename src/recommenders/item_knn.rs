@@ -42,6 +42,7 @@ pub const BACKBONE: Backbone = Backbone {
     about: "item-based nearest neighbours: cosine with shrinkage, no training",
     task: Task::Direct,
     schema: || schemars::schema_for!(ItemKnnHyper),
+    idle: &[],
     make: Make::Ranking {
         build: |given| Ok(Box::new(hyper::parse::<ItemKnnHyper>("item_knn", given)?)),
         load: |_, tensors| Ok(Box::new(ItemKnnScorer::load(tensors)?)),

@@ -67,6 +67,7 @@ pub const BACKBONE: Backbone = Backbone {
     about: "LightGCN: embeddings smoothed over the user-item graph, with a softmax loss or BPR",
     task: Task::Direct,
     schema: || schemars::schema_for!(LightGcnHyper),
+    idle: &[],
     make: Make::Ranking {
         build: |given| Ok(Box::new(LightGcnHyper::build(given)?)),
         load: |given, tensors| {

@@ -57,6 +57,7 @@ pub const BACKBONE: Backbone = Backbone {
     about: "matrix factorisation with a softmax loss or BPR: fast, no graph",
     task: Task::Direct,
     schema: || schemars::schema_for!(MfHyper),
+    idle: &[],
     make: Make::Ranking {
         build: |given| Ok(Box::new(MfHyper::build(given)?)),
         load: |_, tensors| Ok(Box::new(EmbeddingScorer::load(tensors)?)),

@@ -97,6 +97,7 @@ pub const BACKBONE: Backbone = Backbone {
     about: "MixGCF: LightGCN trained with hard negatives that are mixed of hops and positives",
     task: Task::Direct,
     schema: || schemars::schema_for!(MixGcfHyper),
+    idle: &[],
     make: Make::Ranking {
         build: |given| Ok(Box::new(hyper::parse::<MixGcfHyper>("mixgcf", given)?)),
         load: |given, tensors| {

@@ -22,6 +22,7 @@ pub mod gf_cf;
 pub mod graph;
 pub mod hyper;
 pub mod ials;
+pub mod idle;
 pub mod item_item;
 pub mod item_knn;
 pub mod lightgcn;

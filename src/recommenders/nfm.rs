@@ -13,7 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::optim::{ParamId, Params, Vars, xavier_normal};
-use super::rating::layers::{Dnn, Mlp, Pass, bi_interaction};
+use super::rating::layers::{self, Dnn, Mlp, Pass, bi_interaction};
 use super::rating::learner::{self, Common, Inputs, RatingModel, Sizes};
 use super::rating::predictor::Fitted;
 use super::rating::{RatingFit, RatingRecommender, Ratings};
@@ -61,6 +61,7 @@ pub const BACKBONE: Backbone = Backbone {
     about: "NFM: a perceptron over the pooled products of all pairs of embeddings; predicts ratings",
     task: Task::Rating,
     schema: || schemars::schema_for!(Nfm),
+    idle: &[layers::NO_PERCEPTRON],
     make: Make::Rating {
         build: |given| Ok(Box::new(parse(given)?)),
         load: |given, fields, tensors| Ok(Box::new(Fitted::load(&parse(given.clone())?, fields, tensors)?)),

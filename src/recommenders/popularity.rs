@@ -36,6 +36,7 @@ pub const BACKBONE: Backbone = Backbone {
     about: "the most popular items, the same for everyone: the baseline below all others",
     task: Task::Direct,
     schema: || schemars::schema_for!(PopularityHyper),
+    idle: &[],
     make: Make::Ranking {
         build: |given| Ok(Box::new(hyper::parse::<PopularityHyper>("popularity", given)?)),
         load: |_, tensors| Ok(Box::new(PopularityScorer::load(tensors)?)),

@@ -3,6 +3,7 @@
 use schemars::Schema;
 use serde_json::Value;
 
+use super::idle::{self, Idle};
 use super::rating::{Predictor, RatingRecommender};
 use super::saved::Tensors;
 use super::{Recommender, Scorer, hyper};
@@ -30,6 +31,8 @@ pub struct Backbone {
     pub task: Task,
     /// JSON Schema of its hyper-parameters, from the type that `build` reads.
     pub schema: fn() -> Schema,
+    /// Hyper-parameters that have no effect in some case.
+    pub idle: &'static [Idle],
     /// How to make it.
     pub make: Make,
 }
@@ -79,6 +82,17 @@ pub static BACKBONES: &[Backbone] = &[
     super::autoint::BACKBONE,
 ];
 
+/// Models that stages of their own fit, since they read more than interactions; they are saved, loaded and used like the others.
+pub static STAGED: &[Backbone] = &[crate::llm::item::BACKBONE];
+
+/// The backbone of that name, also one of [`STAGED`]: what a saved model can be.
+///
+/// # Errors
+/// As [`find`].
+pub fn find_saved(name: &str) -> Result<&'static Backbone> {
+    STAGED.iter().find(|b| b.name == name).map_or_else(|| find(name), Ok)
+}
+
 /// The backbone of that name.
 ///
 /// # Errors
@@ -94,12 +108,15 @@ impl Backbone {
     /// A recommender with the given hyper-parameters; what is not given has its default.
     ///
     /// # Errors
-    /// A name that this backbone does not know, a value outside its range or of another type; the backbone predicts
-    /// ratings (exit 78).
+    /// A name that this backbone does not know, a value outside its range or of another type, a setting that has no
+    /// effect beside the others; the backbone predicts ratings (exit 78).
     pub fn recommender(&self, given: &Value) -> Result<Box<dyn Recommender>> {
         hyper::check(self.name, &(self.schema)(), given)?;
         match &self.make {
-            Make::Ranking { build, .. } => build(given.clone()),
+            Make::Ranking { build, .. } => {
+                idle::check(self.name, self.idle, given, &|given| Ok(build(given.clone())?.hyper()))?;
+                build(given.clone())
+            }
             Make::Rating { .. } => Err(self.of_another_kind("predicts ratings and does not rank items")),
         }
     }
@@ -107,12 +124,15 @@ impl Backbone {
     /// As [`Backbone::recommender`], for a backbone that predicts ratings.
     ///
     /// # Errors
-    /// A name that this backbone does not know, a value outside its range or of another type; the backbone ranks
-    /// items (exit 78).
+    /// A name that this backbone does not know, a value outside its range or of another type, a setting that has no
+    /// effect beside the others; the backbone ranks items (exit 78).
     pub fn rating_recommender(&self, given: &Value) -> Result<Box<dyn RatingRecommender>> {
         hyper::check(self.name, &(self.schema)(), given)?;
         match &self.make {
-            Make::Rating { build, .. } => build(given.clone()),
+            Make::Rating { build, .. } => {
+                idle::check(self.name, self.idle, given, &|given| Ok(build(given.clone())?.hyper()))?;
+                build(given.clone())
+            }
             Make::Ranking { .. } => Err(self.of_another_kind("ranks items and does not predict ratings")),
         }
     }

@@ -82,10 +82,11 @@ pub const BACKBONE: Backbone = Backbone {
     about: "SASRec: a causal transformer over the history that predicts the next item at every position",
     task: Task::Sequential,
     schema: || schemars::schema_for!(SasRecHyper),
+    idle: config::IDLE,
     make: Make::Ranking {
         build: |given| {
             let hyper: SasRecHyper = hyper::parse("sasrec", given)?;
-            config::check("sasrec", &hyper.encoder, &hyper.optimizer, &SasRecHyper::default().optimizer)?;
+            config::check("sasrec", &hyper.encoder)?;
             Ok(Box::new(hyper))
         },
         load: |hyper, tensors| {
@@ -152,10 +153,7 @@ mod tests {
 
     #[test]
     fn settings_without_effect_are_refused() {
-        let refused = |given| match (BACKBONE.make, given) {
-            (Make::Ranking { build, .. }, given) => build(given).err().map(|e| (e.fault.exit_code(), e.message)),
-            _ => None,
-        };
+        let refused = |given| BACKBONE.hyper(&given).err().map(|e| (e.fault.exit_code(), e.message));
         let error = refused(json!({"loss": "softmax", "negatives": 7})).unwrap();
         assert!(error.0 == 78 && error.1.contains("`negatives`"), "{error:?}");
         assert_eq!(refused(json!({"loss": "sampled-softmax", "negatives": 7})), None);

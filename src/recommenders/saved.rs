@@ -249,7 +249,7 @@ pub fn read_card(files: &BTreeMap<String, Bytes>) -> Result<ModelCard> {
 
 fn read_model(files: &BTreeMap<String, Bytes>) -> Result<Read> {
     let card = read_card(files)?;
-    let backbone = registry::find(&card.model)
+    let backbone = registry::find_saved(&card.model)
         .map_err(|e| damaged(CARD_FILE, format!("{}; this program may be older than the model", e.message)))?;
     let weights = SafeTensors::deserialize(file(files, WEIGHTS_FILE)?)
         .map_err(|e| damaged(WEIGHTS_FILE, format!("it is no safetensors file: {e}")))?;

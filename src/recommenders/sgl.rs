@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::embedding_scorer::{EmbeddingScorer, OverHistory};
 use super::graph::augment::{drop_edges, drop_nodes};
 use super::graph::{Bipartite, Propagation};
+use super::idle::{self, Idle};
 use super::lightgcn::{Nodes, TrainGraph, load_scorer, scorer_over};
 use super::ops::linear_cross_entropy;
 use super::optim::{Params, Vars};
@@ -97,6 +98,18 @@ pub const BACKBONE: Backbone = Backbone {
     about: "SGL: LightGCN with a contrastive task over random subgraphs",
     task: Task::Direct,
     schema: || schemars::schema_for!(SglHyper),
+    idle: &[
+        Idle {
+            keys: &["augmentation", "drop_rate", "contrast_temperature"],
+            when: |full| idle::is_zero(full, "contrast_weight"),
+            why: "with `contrast_weight = 0`: there is no contrastive loss",
+        },
+        Idle {
+            keys: &["augmentation"],
+            when: |full| idle::is_zero(full, "drop_rate"),
+            why: "with `drop_rate = 0`: the subgraphs are the whole graph",
+        },
+    ],
     make: Make::Ranking {
         build: |given| Ok(Box::new(SglHyper::build(given)?)),
         load: |given, tensors| {

@@ -12,9 +12,10 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::idle::{self, Idle};
 use super::ops::pair_products;
 use super::optim::{ParamId, Params, Vars, xavier_normal};
-use super::rating::layers::{Activation, Dnn, Mlp, Pass, check_layers, penalty, plus, sum_groups};
+use super::rating::layers::{self, Activation, Dnn, Mlp, Pass, check_layers, penalty, plus, sum_groups};
 use super::rating::learner::{self, Common, Inputs, RatingModel, Sizes};
 use super::rating::predictor::Fitted;
 use super::rating::{RatingFit, RatingRecommender, Ratings};
@@ -73,6 +74,19 @@ pub const BACKBONE: Backbone = Backbone {
     about: "xDeepFM: a compressed interaction network beside a perceptron; predicts ratings",
     task: Task::Rating,
     schema: || schemars::schema_for!(XDeepFm),
+    idle: &[
+        layers::NO_PERCEPTRON,
+        Idle {
+            keys: &["cin_activation", "l2_reg_cin"],
+            when: |full| idle::len(full, "cin_layer_size") == 0,
+            why: "with an empty `cin_layer_size`",
+        },
+        Idle {
+            keys: &["cin_split_half"],
+            when: |full| idle::len(full, "cin_layer_size") < 2,
+            why: "with fewer than two layers in `cin_layer_size`: no maps go on",
+        },
+    ],
     make: Make::Rating {
         build: |given| Ok(Box::new(parse(given)?)),
         load: |given, fields, tensors| Ok(Box::new(Fitted::load(&parse(given.clone())?, fields, tensors)?)),

@@ -8,17 +8,21 @@
 pub mod calibrate;
 pub mod context;
 pub mod evaluate;
+pub mod finetune;
 pub mod fuse;
+pub mod instruct;
 pub mod predict;
 pub mod prompt;
 pub mod recommend;
 pub mod registry;
 pub mod rerank;
+pub mod rerank_items;
 pub mod search;
 pub mod similar;
 pub mod split;
 pub mod sql;
 pub mod train;
+pub mod train_items;
 pub mod write;
 
 pub use context::{

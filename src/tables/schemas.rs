@@ -496,6 +496,43 @@ pub static SEARCH_CONFIRMED: TableSpec = TableSpec {
     ],
 };
 
+/// The `instructions` output of `instruct`.
+pub static INSTRUCTIONS: TableSpec = TableSpec {
+    name: "instruct.instructions",
+    about: "The `instructions` output of the `instruct` stage: what the LLM is tuned on, made of train interactions only (section 4.5).",
+    rows: "One row per instruction, tasks mixed in a random order of the seed.",
+    columns: &[
+        column(columns::TASK, Kind::Text, "`pairwise`, `list`, `side_info`, `ranking` or `rating`."),
+        column(columns::USER_ID, Kind::User, "The user whose interactions it is made of."),
+        column(columns::SYSTEM, Kind::Text, "The system message."),
+        column(columns::PROMPT, Kind::Text, "The user message."),
+        column(columns::RESPONSE, Kind::Text, "The answer; tuning has its loss on these tokens only."),
+        column(columns::SPLIT, Kind::Text, "`train`, or `held-out`: all instructions of a user are in one of them."),
+        column(
+            columns::AUGMENTED,
+            Kind::Bool,
+            "Whether the prompt has a similar user's history or a recommender's prediction.",
+        ),
+        column(columns::TOKENS, Kind::Int32, "Tokens of the whole conversation, chat template and answer included."),
+    ],
+};
+
+/// The `counts` output of `instruct`.
+pub static INSTRUCTION_COUNTS: TableSpec = TableSpec {
+    name: "instruct.counts",
+    about: "The `counts` output of the `instruct` stage: how many instructions there are of each kind.",
+    rows: "One row per task, `augmented` and `split` that occurs, sorted by them.",
+    columns: &[
+        column(columns::TASK, Kind::Text, "The task."),
+        column(columns::AUGMENTED, Kind::Bool, "Whether the prompts have augmented fields."),
+        column(columns::SPLIT, Kind::Text, "`train` or `held-out`."),
+        column(columns::INSTRUCTIONS, Kind::Int64, "Instructions."),
+        column(columns::N_USERS, Kind::Int64, "Users with such an instruction."),
+        column(columns::TOKENS, Kind::Int64, "Tokens of all of them."),
+        column(columns::TOKENS_MAX, Kind::Int32, "Tokens of the longest one."),
+    ],
+};
+
 /// The table of the rating task.
 pub static PREDICTIONS: TableSpec = TableSpec {
     name: "predictions",
@@ -535,6 +572,8 @@ pub static TABLES: &[&TableSpec] = &[
     &SEARCH_TRIALS,
     &SEARCH_CONFIRMED,
     &CALIBRATION_GRID,
+    &INSTRUCTIONS,
+    &INSTRUCTION_COUNTS,
 ];
 
 /// The declared table of that name.

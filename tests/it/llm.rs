@@ -10,7 +10,7 @@ use tailfuse::llm::cpu::kernels::Isa;
 use tailfuse::llm::gguf::Gguf;
 use tailfuse::llm::quant::BlockType;
 use tailfuse::llm::weights::Weights;
-use tailfuse::llm::{ChatTokenizer, Llm, Message, ScoreRequest};
+use tailfuse::llm::{ChatTokenizer, Llm, LlmOptions, Message, Precision, ScoreRequest};
 
 /// Logits of two right implementations differ by less.
 const LOGIT_TOLERANCE: f64 = 1e-3;
@@ -38,9 +38,14 @@ pub fn smollm2(test: &str) -> Option<PathBuf> {
 /// The model, loaded once for all tests; one at a time, since each uses all cores.
 pub fn model(test: &str) -> Option<MutexGuard<'static, Llm>> {
     static MODEL: LazyLock<Option<Mutex<Llm>>> =
-        LazyLock::new(|| Some(Mutex::new(Llm::open(&smollm2("the model")?, DeviceChoice::Cpu).unwrap())));
+        LazyLock::new(|| Some(Mutex::new(open(&smollm2("the model")?, Precision::F32))));
     smollm2(test)?;
     MODEL.as_ref().map(|m| m.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+}
+
+/// The model on the best kernels of this machine.
+fn open(path: &Path, precision: Precision) -> Llm {
+    Llm::open_with(path, DeviceChoice::Cpu, LlmOptions { precision, ..LlmOptions::default() }).unwrap()
 }
 
 pub fn ids(json: &Json) -> Vec<u32> {
@@ -80,7 +85,7 @@ fn blocks_are_dequantized_bit_for_bit() {
         assert_eq!(sha256(&values), text(&block["sha256"]), "{name}");
         known.push(name);
     }
-    for name in ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"] {
+    for name in ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "F16", "BF16"] {
         assert!(known.iter().any(|k| k == name), "{name} was not tested");
     }
 }
@@ -228,6 +233,31 @@ fn every_instruction_set_agrees_with_the_reference() {
             golden_json("logits.json").as_array().unwrap().iter().filter(|p| p["n_tokens"].as_u64() < Some(60))
         {
             check_prompt(&llm, prompt);
+        }
+    }
+}
+
+/// What `Precision` promises: weights are the file's own, so that only the rounding of activations is left.
+#[test]
+fn integers_are_as_near_to_f32_as_stated() {
+    let Some(path) = smollm2("integers_are_as_near_to_f32_as_stated") else { return };
+    let Some(reference) = model("integers_are_as_near_to_f32_as_stated") else { return };
+    let prompts = golden_json("logits.json");
+    for (precision, tolerance, of_std) in [(Precision::Int16, 0.01, 0.002), (Precision::Int8, 2.5, 0.5)] {
+        let llm = open(&path, precision);
+        // Plain loops take minutes for the long ones.
+        let most = if Isa::detect() == Isa::Avx512Vnni { 1000 } else { 4 };
+        for prompt in prompts.as_array().unwrap().iter().filter(|p| p["n_tokens"].as_u64() < Some(most)) {
+            let ids = ids(&prompt["ids"]);
+            let (got, want) = (llm.logits(&ids).unwrap(), reference.logits(&ids).unwrap());
+            let worst = got.iter().zip(&want).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
+            let std = prompt["std"].as_f64().unwrap();
+            assert!(worst < tolerance && worst < of_std * std, "{precision:?}: {worst} with a deviation of {std}");
+            // The logits that another program computed, too.
+            for pair in prompt["top20"].as_array().unwrap() {
+                let (id, want) = (pair[0].as_u64().unwrap() as usize, pair[1].as_f64().unwrap());
+                close(f64::from(got[id]), want, tolerance, "a logit of the reference");
+            }
         }
     }
 }

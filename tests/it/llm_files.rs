@@ -330,10 +330,14 @@ fn a_vocabulary_that_does_not_fit_the_weights_is_refused() {
 fn models_of_another_kind_are_refused_by_name() {
     for (key, value, words) in [
         ("general.architecture", Meta::Text("gpt2"), "architecture `gpt2`"),
-        ("tokenizer.ggml.model", Meta::Text("llama"), "tokenizer `llama`"),
+        ("tokenizer.ggml.model", Meta::Text("t5"), "tokenizer `t5`"),
+        ("tokenizer.ggml.model", Meta::Text("llama"), "`tokenizer.ggml.scores` is missing"),
         ("tokenizer.ggml.pre", Meta::Text("viking"), "pre-tokenizer `viking`"),
         ("llama.vocab_size", Meta::U32(60), "60, but `token_embd.weight` has 64 rows"),
         ("llama.rope.scaling.type", Meta::Text("yarn"), "yarn"),
+        ("llama.rope.scaling.type", Meta::Text("linear"), "`llama.rope.scaling.factor` is missing"),
+        ("llama.attention.sliding_window", Meta::U32(64), "llama.attention.sliding_window"),
+        ("llama.expert_count", Meta::U32(8), "llama.expert_count"),
         ("llama.rope.dimension_count", Meta::U32(4), "llama.rope.dimension_count"),
         ("llama.attention.head_count_kv", Meta::U32(3), "cannot share"),
         ("llama.embedding_length", Meta::U32(64), "model.embed_tokens.weight"),
@@ -493,7 +497,16 @@ fn shards_and_half_precision_give_the_same_model() {
     folder_refused(folder.path(), &["not a plain file name"]);
     index.insert("model.norm.weight".into(), json!("model-7.safetensors"));
     std::fs::write(&index_path, json!({"weight_map": index}).to_string()).unwrap();
-    folder_refused(folder.path(), &["model-7.safetensors"]);
+    folder_refused(folder.path(), &["the shard `model-7.safetensors` with 1 tensors is missing"]);
+    // A tensor whose place in the index is the other shard.
+    index.insert("model.norm.weight".into(), json!("model-0.safetensors"));
+    std::fs::write(&index_path, json!({"weight_map": index}).to_string()).unwrap();
+    let first = std::fs::read(folder.path().join("model-0.safetensors")).unwrap();
+    let there = safetensors::SafeTensors::deserialize(&first).unwrap().tensor("model.norm.weight").is_ok();
+    if !there {
+        let words = ["`model.norm.weight` is not in its shard `model-0.safetensors`", "it is in `model-1.safetensors`"];
+        folder_refused(folder.path(), &words);
+    }
 }
 
 #[test]

@@ -28,6 +28,12 @@ fn weights_without_a_tokenizer_serve_ids() {
             json!({"op": "score", "ids": sequence, "continuations": [[5, 6], [7]]}).to_string(),
             json!({"op": "generate", "ids": sequence, "max_new": 4}).to_string(),
             json!({"op": "tokenize", "text": "x"}).to_string(),
+            json!({"op": "labels", "ids": sequence, "labels": [7, 9]}).to_string(),
+            json!({"op": "labels", "ids": sequence, "labels": [7, 9], "among": true}).to_string(),
+            json!({"op": "rank", "ids": sequence, "candidates": [[5, 62], [5, 6, 62], [7, 62]]}).to_string(),
+            json!({"op": "rate", "ids": sequence, "ratings": [[1, [7]], [2, [9]]]}).to_string(),
+            json!({"op": "hidden", "ids": sequence}).to_string(),
+            json!({"op": "memory"}).to_string(),
         ],
     );
     let row: Vec<f64> = want["logits"][0]
@@ -55,6 +61,20 @@ fn weights_without_a_tokenizer_serve_ids() {
     assert!((answers[1]["sums"][0].as_f64().unwrap() - sum).abs() < 1e-6);
     assert_eq!(answers[2]["ids"].as_array().unwrap().len(), 4);
     assert!(answers[3]["error"].as_str().unwrap().contains("tokenizer.json"));
+    let pair = |answer: &Json| [0, 1].map(|i| answer["logprobs"][i].as_f64().unwrap());
+    let (over_all, among) = (pair(&answers[4]), pair(&answers[5]));
+    assert!((over_all[0] - (row[7] - normalizer)).abs() < 1e-4);
+    assert!((among[0] - among[1] - (row[7] - row[9])).abs() < 1e-4);
+    assert!((among[0].exp() + among[1].exp() - 1.0).abs() < 1e-5);
+    let mut order = ids(&answers[6]["order"]);
+    assert!(answers[6]["logprobs"][2].as_f64() == Some(0.0));
+    order.sort_unstable();
+    assert_eq!(order, [0, 1, 2]);
+    let expected = among[0].exp() + 2.0 * among[1].exp();
+    assert!((answers[7]["expected"].as_f64().unwrap() - expected).abs() < 1e-4);
+    assert_eq!(answers[7]["greedy"].as_f64(), Some(if row[7] > row[9] { 1.0 } else { 2.0 }));
+    assert_eq!(answers[8]["mean"].as_array().unwrap().len(), 32);
+    assert!(answers[9]["total"].as_u64() > answers[9]["weights"].as_u64());
 }
 
 #[test]
@@ -81,6 +101,15 @@ fn bad_requests_are_answered_and_the_next_one_is_served() {
         (r#"{"op":"generate","ids":[1],"max_new":128}"#, "128 tokens"),
         (r#"{"op":"generate","ids":[1],"max_new":18446744073709551615}"#, "128 tokens"),
         (r#"{"op":"chat","messages":[]}"#, "tokenizer.json"),
+        (r#"{"op":"labels","ids":[1],"labels":[64]}"#, "0 to 63"),
+        (r#"{"op":"rank","ids":[1]}"#, "one of the two"),
+        (r#"{"op":"rank","ids":[1],"titles":["x"]}"#, "tokenizer.json"),
+        (r#"{"op":"rank","ids":[1],"candidates":[[64],[1]]}"#, "0 to 63"),
+        (r#"{"op":"rate","ids":[1],"ratings":[1,2]}"#, "tokenizer.json"),
+        (r#"{"op":"rate","ids":[1],"ratings":[[1,[3]],[2,[3]]]}"#, "told apart"),
+        (r#"{"op":"rate","ids":[1],"ratings":["x"]}"#, "[value, [ids]]"),
+        (r#"{"op":"hidden","ids":[]}"#, "at least 1"),
+        (r#"{"op":"memory","x":1}"#, "unknown field"),
     ];
     let mut lines: Vec<String> = bad.iter().map(|(line, _)| (*line).to_owned()).collect();
     lines.push(json!({"op": "logits", "ids": long}).to_string());
@@ -117,6 +146,11 @@ fn the_golden_files_are_answered_in_their_own_words() {
             json!({"op": "chat", "messages": chat["messages"]}).to_string(),
             json!({"op": "logits", "text": prompt["text"], "top": 20}).to_string(),
             json!({"op": "generate", "text": prompt["text"], "max_new": 3, "stop_at_end": true}).to_string(),
+            json!({"op": "rank", "text": "The planets of the Sun, the nearest first:\n1. Mercury\n2. Venus\n",
+                   "titles": ["Mars", "Mar", "Earth", "Mars"]})
+            .to_string(),
+            json!({"op": "rate", "text": "The best film of all time. Stars (1 to 5):", "ratings": [1, 2, 3.5, 4, 5]})
+                .to_string(),
         ],
     );
     assert_eq!(answers[0]["ids"], json!([16491, 351, 216, 2, 2972]));
@@ -128,4 +162,10 @@ fn the_golden_files_are_answered_in_their_own_words() {
     assert_eq!(firsts(&answers[4]["top"])[..8], firsts(&prompt["top20"])[..8]);
     assert_eq!(answers[5]["ids"][0], prompt["top20"][0][0]);
     assert!(!answers[5]["text"].as_str().unwrap().is_empty());
+    let order = ids(&answers[6]["order"]);
+    let place = |candidate: u32| order.iter().position(|o| *o == candidate).unwrap();
+    assert!(order.len() == 4 && place(0) < place(3), "{order:?}");
+    assert!(place(0) < place(1), "Mars is likelier than Mar: {order:?}");
+    let rating = answers[7]["expected"].as_f64().unwrap();
+    assert!((1.0..5.0).contains(&rating), "{rating}");
 }

@@ -58,6 +58,12 @@ mod remote_server;
 mod rerank;
 // Prompts counted by a real tokenizer: budget, common beginning, hostile titles.
 mod prompts;
+// The tuning set: nothing held out in it.
+mod instruct;
+// `finetune`: the loss falls, tuned models are asked, transformers and peft load them.
+mod finetune;
+// The item model: trained, recommended from, fused.
+mod item_mode;
 
 // Metrics of hand-made tables, the choice of weights, the terminal's tables.
 mod evaluation;

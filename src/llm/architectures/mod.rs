@@ -132,8 +132,19 @@ pub fn gguf_name(name: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::path::{Path, PathBuf};
+
+    use serde_json::{Value as Json, json};
+
     use super::*;
+    use crate::llm::cpu::CpuModel;
+    use crate::llm::cpu::kernels::Isa;
+    use crate::llm::engine::{Engine, Local};
+    use crate::llm::model::{BurnModel, Placement};
+    use crate::llm::options::LlmOptions;
+    use crate::llm::rope::RopeScaling;
+    use crate::llm::weights::Weights;
 
     #[test]
     fn names_of_both_worlds() {
@@ -151,5 +162,128 @@ mod tests {
             assert_eq!(Architecture::of_class(a.class), Some(*a));
         }
         assert_eq!(Architecture::names(), "`llama`, `qwen2`, `qwen3`");
+    }
+
+    /// The folders and GGUF files that `peers/golden_llm.py` made with transformers, and what it made them for.
+    const CASES: [&str; 7] = ["llama2", "llama3", "llama_linear", "qwen2", "qwen2_untied", "qwen3", "qwen3_untied"];
+
+    fn golden(case: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llm").join(case)
+    }
+
+    /// The largest distance to the logits of `golden.json` (or of an entry of it), by both decoders.
+    pub(crate) fn worst(path: &Path, want: &Json) -> f64 {
+        let weights = Weights::open(path).unwrap();
+        let cpu = Local::new(CpuModel::load(&weights, Isa::detect()).unwrap(), LlmOptions::default());
+        let placement = Placement { half: false, gpu: false };
+        let burn = BurnModel::<burn::backend::Flex>::load(&weights, &Default::default(), placement).unwrap();
+        let burn = Local::new(burn, LlmOptions::default());
+        let ids: Vec<u32> = serde_json::from_value(want["ids"].clone()).unwrap();
+        let rows: Vec<Vec<f64>> = serde_json::from_value(want["logits"].clone()).unwrap();
+        let positions: Vec<usize> = serde_json::from_value(want["positions"].clone()).unwrap();
+        assert!(positions.len() == rows.len() && !rows.is_empty());
+        let mut worst = 0f64;
+        for (position, row) in positions.into_iter().zip(rows) {
+            for got in [cpu.logits(&ids[..=position]).unwrap(), burn.logits(&ids[..=position]).unwrap()] {
+                assert_eq!(got.len(), row.len());
+                let far = got.iter().zip(&row).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+                worst = worst.max(far);
+            }
+        }
+        worst
+    }
+
+    #[test]
+    fn both_decoders_give_the_logits_of_transformers_from_both_formats() {
+        for case in CASES {
+            let want: Json = serde_json::from_slice(&std::fs::read(golden(case).join("golden.json")).unwrap()).unwrap();
+            for path in [golden(case), golden(case).join("model.gguf")] {
+                let worst = worst(&path, &want);
+                assert!(worst < 1e-4, "{}: {worst}", path.display());
+            }
+            let config = |path: &Path| Weights::open(path).unwrap().config().clone();
+            let (folder, file) = (config(&golden(case)), config(&golden(case).join("model.gguf")));
+            // The one thing that the formats say differently, and what a GGUF names beside.
+            let file = LlamaConfig { rope_scaling: folder.rope_scaling.clone(), ..file };
+            assert_eq!(folder, file, "{case}");
+        }
+    }
+
+    /// Leaving out what is special about a family changes logits by far more than the tolerance: the goldens see it.
+    #[test]
+    fn the_goldens_see_what_is_special() {
+        for (case, spoil) in [
+            ("llama3", (|c| c.rope_scaling = RopeScaling::None) as fn(&mut LlamaConfig)),
+            ("llama_linear", |c| c.rope_scaling = RopeScaling::None),
+            ("qwen2", |c| c.qkv_bias = false),
+            ("qwen3", |c| c.qk_norm = false),
+            ("qwen2", |c| c.rope_theta = 1e4),
+        ] {
+            let want: Json = serde_json::from_slice(&std::fs::read(golden(case).join("golden.json")).unwrap()).unwrap();
+            let mut weights = Weights::open(&golden(case)).unwrap();
+            spoil(weights.config_mut());
+            let model = Local::new(CpuModel::load(&weights, Isa::detect()).unwrap(), LlmOptions::default());
+            let ids: Vec<u32> = serde_json::from_value(want["ids"].clone()).unwrap();
+            let got = model.logits(&ids).unwrap();
+            let row: Vec<f64> =
+                serde_json::from_value(want["logits"].as_array().unwrap().last().unwrap().clone()).unwrap();
+            let far = got.iter().zip(&row).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+            assert!(far > 1e-2, "{case}: {far}");
+        }
+    }
+
+    #[test]
+    fn blocks_are_the_values_as_stored() {
+        for path in [golden("llama2"), golden("llama2/model.gguf"), golden("qwen3/model.gguf"), golden("tiny")] {
+            let weights = Weights::open(&path).unwrap();
+            for t in tensors(weights.config()) {
+                let blocks = weights.blocks(&t.hf).unwrap();
+                assert_eq!(blocks.bytes.len(), blocks.rows * blocks.row_bytes(), "{}", t.hf);
+                assert_eq!(
+                    (blocks.rows, Some(&blocks.columns)),
+                    (t.shape.iter().rev().skip(1).product(), t.shape.last())
+                );
+                let mut values = vec![0f32; blocks.rows * blocks.columns];
+                blocks.block_type.dequantize(&blocks.bytes, &mut values);
+                assert_eq!(values, weights.values(&t.hf).unwrap(), "{}", t.hf);
+            }
+            assert!(weights.blocks("model.layers.9.mlp.up_proj.weight").is_err());
+        }
+    }
+
+    #[test]
+    fn a_configuration_that_asks_for_more_is_refused_by_name() {
+        let base: Json = serde_json::from_slice(&std::fs::read(golden("qwen2/config.json")).unwrap()).unwrap();
+        LlamaConfig::from_hf_bytes(base.to_string().as_bytes()).unwrap();
+        for (key, value, word) in [
+            ("model_type", json!("gemma2"), "`gemma2`"),
+            ("architectures", json!(["Qwen2ForSequenceClassification"]), "Qwen2ForSequenceClassification"),
+            ("use_sliding_window", json!(true), "use_sliding_window"),
+            ("layer_types", json!(["full_attention", "sliding_attention"]), "layer_types"),
+            ("hidden_act", json!("gelu"), "`gelu`"),
+            ("partial_rotary_factor", json!(0.5), "partial_rotary_factor"),
+            ("quantization_config", json!({"quant_method": "gptq"}), "quantization_config"),
+            ("num_experts", json!(8), "num_experts"),
+            ("rope_parameters", json!({"rope_type": "yarn", "factor": 2.0}), "`yarn`"),
+            ("rope_parameters", json!({"rope_type": "default", "mrope_section": [2, 1, 1]}), "mrope_section"),
+        ] {
+            let mut config = base.clone();
+            config[key] = value;
+            if key == "use_sliding_window" {
+                config["max_window_layers"] = json!(1);
+            }
+            let error = LlamaConfig::from_hf_bytes(config.to_string().as_bytes()).unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
+        // The older spelling, and windows that no layer has.
+        let mut config = base.clone();
+        let table = config.as_object_mut().unwrap();
+        table.remove("rope_parameters");
+        table.insert("rope_theta".into(), json!(5e5));
+        table.insert("rope_scaling".into(), json!({"type": "linear", "factor": 2.0}));
+        table.insert("use_sliding_window".into(), json!(true));
+        table.insert("max_window_layers".into(), json!(2));
+        let read = LlamaConfig::from_hf_bytes(config.to_string().as_bytes()).unwrap();
+        assert_eq!((read.rope_theta, read.rope_scaling), (5e5, RopeScaling::Linear(2.0)));
     }
 }

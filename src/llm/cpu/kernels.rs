@@ -12,6 +12,8 @@ pub const LANES: usize = 16;
 /// Instruction sets that the kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// 512-bit vectors with sums of products of bytes (`vpdpbusd`).
+    Avx512Vnni,
     /// 512-bit vectors.
     Avx512,
     /// 256-bit vectors with fused multiply-add.
@@ -36,6 +38,9 @@ impl Isa {
         {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
             if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
+                if is_x86_feature_detected!("avx512vnni") {
+                    out.push(Isa::Avx512Vnni);
+                }
                 out.push(Isa::Avx512);
             }
             if avx2 {
@@ -49,7 +54,7 @@ impl Isa {
     /// Rows of the largest tile of a product.
     pub fn tile_rows(self) -> usize {
         match self {
-            Isa::Avx512 => 14,
+            Isa::Avx512Vnni | Isa::Avx512 => 14,
             Isa::Avx2 => 6,
             Isa::Portable => 4,
         }
@@ -82,9 +87,9 @@ fn exp<const FMA: bool>(x: f32) -> f32 {
 
 /// Compiles one loop for each instruction set and picks at run time.
 macro_rules! for_each_isa {
-    ($(#[$doc:meta])* pub fn $name:ident($isa:ident; $($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? = $body:ident) => {
+    ($(#[$doc:meta])* $seen:vis fn $name:ident($isa:ident; $($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? = $body:ident) => {
         $(#[$doc])*
-        pub fn $name($isa: Isa, $($arg: $type),*) $(-> $out)? {
+        $seen fn $name($isa: Isa, $($arg: $type),*) $(-> $out)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
@@ -96,8 +101,8 @@ macro_rules! for_each_isa {
                     $body::<true>($($arg),*)
                 }
                 match $isa {
-                    // SAFETY: `Isa::Avx512` and `Isa::Avx2` come from `Isa::available`, which looked.
-                    Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: all but `Isa::Portable` come from `Isa::available`, which looked.
+                    Isa::Avx512Vnni | Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     Isa::Portable => {}
@@ -108,6 +113,8 @@ macro_rules! for_each_isa {
         }
     };
 }
+
+pub(super) use for_each_isa;
 
 for_each_isa! {
     /// RMSNorm of rows: `out = x / sqrt(mean(x^2) + eps) * weight`; all rows as wide as `weight`.

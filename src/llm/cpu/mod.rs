@@ -6,15 +6,22 @@
 //! Logits are made for the rows that are read, and for no other.
 
 pub mod attention;
+pub mod codes;
+pub mod dot;
+pub mod head;
 pub mod kernels;
+pub mod linear;
 pub mod product;
+pub mod segment;
+pub mod words;
 
 use rayon::prelude::*;
 
 use self::kernels::{Isa, LANES};
-use self::product::Packed;
+use self::linear::{Linear, Precision};
+pub use self::segment::Segment;
 use super::config::LlamaConfig;
-use super::decoder::{Decoder, Wanted};
+use super::decoder::{Decoder, PassSize};
 use super::pack::{Pack, Read, Run};
 use super::weights::{EMBEDDING, FINAL_NORM, HEAD, Weights, layer_bias, layer_tensor};
 use crate::error::{Error, Result};
@@ -23,27 +30,24 @@ use crate::error::{Error, Result};
 /// that what a block makes between two products is not far. Half or a quarter costs one percent.
 const BLOCK_ROWS: usize = 168;
 
-/// Rows of logits that are made at once.
-const HEAD_ROWS: usize = 56;
-
 /// Weights of one layer.
 struct Layer {
     /// `[hidden]`.
     attention_norm: Vec<f32>,
     /// Query, key and value projections side by side: `hidden -> q_width + 2 kv_width`.
-    qkv: Packed,
+    qkv: Linear,
     /// Biases of the three side by side, `[q_width + 2 kv_width]`; empty where the model has none.
     qkv_bias: Vec<f32>,
     /// Weights of the norms of query and key heads, `[head_dim]` each, where the model has them.
     head_norms: Option<[Vec<f32>; 2]>,
     /// `q_width -> hidden`.
-    output: Packed,
+    output: Linear,
     /// `[hidden]`.
     mlp_norm: Vec<f32>,
     /// Gate and up projections side by side: `hidden -> 2 intermediate`.
-    gate_up: Packed,
+    gate_up: Linear,
     /// `intermediate -> hidden`.
-    down: Packed,
+    down: Linear,
 }
 
 /// A model in memory.
@@ -54,91 +58,68 @@ pub struct CpuModel {
     /// `[hidden]`.
     final_norm: Vec<f32>,
     /// `hidden -> vocab`; the embedding where it is tied.
-    head: Packed,
+    head: Linear,
     /// `[vocab, hidden]` where the head is not the embedding.
     embedding: Option<Vec<f32>>,
     /// `[head_dim / 2]`.
     frequencies: Vec<f32>,
 }
 
-/// Keys and values of consecutive tokens, in one piece of memory.
-#[derive(Clone)]
-pub struct Segment {
-    len: usize,
-    kv_width: usize,
-    /// `[layers][keys | values][len, kv_width]`.
-    data: Vec<f32>,
-}
-
-impl Segment {
-    fn new(c: &LlamaConfig, len: usize) -> Self {
-        Segment { len, kv_width: c.kv_width(), data: vec![0.0; c.layers * 2 * len * c.kv_width()] }
-    }
-
-    /// Keys of a layer, `[len, kv_width]`.
-    fn keys(&self, layer: usize) -> &[f32] {
-        &self.data[self.range(layer, 0)]
-    }
-
-    /// Values of a layer, `[len, kv_width]`.
-    fn values(&self, layer: usize) -> &[f32] {
-        &self.data[self.range(layer, 1)]
-    }
-
-    fn range(&self, layer: usize, which: usize) -> std::ops::Range<usize> {
-        let size = self.len * self.kv_width;
-        let from = (2 * layer + which) * size;
-        from..from + size
-    }
-
-    /// Takes keys and values of a layer from a run's first rows of `[q | k | v]`.
-    fn fill(&mut self, layer: usize, rows: &[f32], width: usize, keys_at: usize) {
-        for which in 0..2 {
-            let (from, kv_width) = (keys_at + which * self.kv_width, self.kv_width);
-            let range = self.range(layer, which);
-            for (to, row) in self.data[range].chunks_exact_mut(kv_width).zip(rows.chunks_exact(width)) {
-                to.copy_from_slice(&row[from..from + kv_width]);
-            }
-        }
-    }
-}
-
 impl CpuModel {
-    /// Loads weights for an instruction set of this machine.
+    /// Loads weights for an instruction set of this machine; linear layers compute in f32.
     ///
     /// # Errors
     /// Exit 65 where a tensor cannot be read.
     pub fn load(weights: &Weights, isa: Isa) -> Result<Self> {
+        CpuModel::load_with(weights, isa, Precision::F32)
+    }
+
+    /// As [`CpuModel::load`], with a precision of the linear layers.
+    ///
+    /// # Errors
+    /// As [`CpuModel::load`].
+    pub fn load_with(weights: &Weights, isa: Isa, precision: Precision) -> Result<Self> {
         let c = weights.config().clone();
         let layer = |i: usize| -> Result<Layer> {
-            let get = |leaf: &str| weights.values(&layer_tensor(i, leaf));
-            let (q, k, v) = (get("self_attn.q_proj")?, get("self_attn.k_proj")?, get("self_attn.v_proj")?);
+            let vector = |leaf: &str| weights.values(&layer_tensor(i, leaf));
+            let matrix = |leaves: &[&str], k: usize| {
+                let names: Vec<String> = leaves.iter().map(|leaf| layer_tensor(i, leaf)).collect();
+                Linear::pack(weights, &names, k, isa, precision)
+            };
             let mut qkv_bias = Vec::new();
             for leaf in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].iter().filter(|_| c.qkv_bias) {
                 qkv_bias.extend(weights.values(&layer_bias(i, leaf))?);
             }
-            let head_norms = || Ok::<_, Error>([get("self_attn.q_norm")?, get("self_attn.k_norm")?]);
-            let (gate, up) = (get("mlp.gate_proj")?, get("mlp.up_proj")?);
+            let head_norms = || Ok::<_, Error>([vector("self_attn.q_norm")?, vector("self_attn.k_norm")?]);
             Ok(Layer {
-                attention_norm: get("input_layernorm")?,
-                qkv: Packed::pack(&[&q, &k, &v], c.hidden),
+                attention_norm: vector("input_layernorm")?,
+                qkv: matrix(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], c.hidden)?,
                 qkv_bias,
                 head_norms: c.qk_norm.then(head_norms).transpose()?,
-                output: Packed::pack(&[&get("self_attn.o_proj")?], c.q_width()),
-                mlp_norm: get("post_attention_layernorm")?,
-                gate_up: Packed::pack(&[&gate, &up], c.hidden),
-                down: Packed::pack(&[&get("mlp.down_proj")?], c.intermediate),
+                output: matrix(&["self_attn.o_proj"], c.q_width())?,
+                mlp_norm: vector("post_attention_layernorm")?,
+                gate_up: matrix(&["mlp.gate_proj", "mlp.up_proj"], c.hidden)?,
+                down: matrix(&["mlp.down_proj"], c.intermediate)?,
             })
         };
         let layers = (0..c.layers).into_par_iter().map(layer).collect::<Result<Vec<_>>>()?;
-        let embedding = weights.values(EMBEDDING)?;
-        let (head, embedding) = if c.tied {
-            (Packed::pack(&[&embedding], c.hidden), None)
-        } else {
-            (Packed::pack(&[&weights.values(HEAD)?], c.hidden), Some(embedding))
-        };
+        let head = if c.tied { EMBEDDING } else { HEAD };
+        let head = Linear::pack(weights, &[head.to_owned()], c.hidden, isa, precision)?;
+        let embedding = if c.tied { None } else { Some(weights.values(EMBEDDING)?) };
         let (final_norm, frequencies) = (weights.values(FINAL_NORM)?, c.rope_frequencies());
         Ok(CpuModel { config: c, isa, layers, final_norm, head, embedding, frequencies })
+    }
+
+    /// Bytes that the weights take in memory.
+    pub fn bytes(&self) -> usize {
+        let layer = |l: &Layer| {
+            let head_norms = l.head_norms.iter().flatten().map(Vec::len).sum::<usize>();
+            let vectors = l.attention_norm.len() + l.mlp_norm.len() + l.qkv_bias.len() + head_norms;
+            [&l.qkv, &l.output, &l.gate_up, &l.down].iter().map(|m| m.bytes()).sum::<usize>()
+                + vectors * size_of::<f32>()
+        };
+        let floats = self.final_norm.len() + self.frequencies.len() + self.embedding.as_ref().map_or(0, Vec::len);
+        self.layers.iter().map(layer).sum::<usize>() + self.head.bytes() + floats * size_of::<f32>()
     }
 
     /// The embedding of a token, `[hidden]`.
@@ -224,76 +205,6 @@ impl CpuModel {
         }
         add_product(&layer.down, self.isa, &scratch.activated, x, c.hidden, &mut scratch.padded);
     }
-
-    /// What is wanted of the read rows, given their hidden states `[reads, hidden]` after the last norm.
-    fn answer(&self, hidden: &[f32], reads: &[Read], each: &mut dyn FnMut(usize, &[f32])) {
-        let width = self.config.hidden;
-        let of = |r: usize| &hidden[r * width..(r + 1) * width];
-        let (mut whole, mut some) = (Vec::new(), Vec::new());
-        for (r, read) in reads.iter().enumerate() {
-            match &read.wanted {
-                Wanted::Hidden => each(r, of(r)),
-                Wanted::Logits(ids) => some.push((r, ids)),
-                Wanted::Vocabulary | Wanted::LogProbs(_) => whole.push(r),
-            }
-        }
-        for part in some.chunks(HEAD_ROWS) {
-            let logits: Vec<Vec<f32>> = part.par_iter().map(|(r, ids)| self.logits_of(of(*r), ids)).collect();
-            part.iter().zip(&logits).for_each(|((r, _), logits)| each(*r, logits));
-        }
-        let mut rows = Vec::new();
-        for part in whole.chunks(HEAD_ROWS) {
-            rows.clear();
-            part.iter().for_each(|r| rows.extend_from_slice(of(*r)));
-            self.logits(&rows, &mut |i, logits| match &reads[part[i]].wanted {
-                Wanted::LogProbs(ids) => each(part[i], &log_probabilities(self.isa, logits, ids)),
-                _ => each(part[i], logits),
-            });
-        }
-    }
-
-    /// Logits of some ids, ascending, of one hidden row `[hidden]`: the same bits as among all of them.
-    fn logits_of(&self, hidden: &[f32], ids: &[u32]) -> Vec<f32> {
-        let mut out = Vec::with_capacity(ids.len());
-        let mut columns = [0f32; LANES];
-        for panel in ids.chunk_by(|a, b| *a as usize / LANES == *b as usize / LANES) {
-            let at = panel[0] as usize / LANES;
-            self.head.multiply_panels(self.isa, hidden, at..at + 1, &mut columns);
-            out.extend(panel.iter().map(|id| columns[*id as usize % LANES]));
-        }
-        out
-    }
-
-    /// Logits of at most `HEAD_ROWS` hidden rows, `each` called with the index of the row and `[vocab]`.
-    fn logits(&self, hidden: &[f32], each: &mut dyn FnMut(usize, &[f32])) {
-        let (width, vocab) = (self.config.hidden, self.config.vocab_size);
-        let panels = self.head.panels();
-        let threads = rayon::current_num_threads().max(1);
-        // A few stretches of the vocabulary per thread; each is a product of its own.
-        let stretch = panels.div_ceil(4 * threads).max(1);
-        let n = hidden.len() / width;
-        // Stretch by stretch in memory: `[stretches][n][columns of the stretch]`.
-        let mut logits = vec![0f32; n * panels * LANES];
-        let mut row = vec![0f32; panels * LANES];
-        logits.par_chunks_mut(n * stretch * LANES).enumerate().for_each(|(s, out)| {
-            let first = s * stretch;
-            self.head.multiply_panels(self.isa, hidden, first..(first + stretch).min(panels), out);
-        });
-        for r in 0..n {
-            for (s, part) in logits.chunks(n * stretch * LANES).enumerate() {
-                let columns = part.len() / n;
-                let at = s * stretch * LANES;
-                row[at..at + columns].copy_from_slice(&part[r * columns..(r + 1) * columns]);
-            }
-            each(r, &row[..vocab]);
-        }
-    }
-}
-
-/// Log-probabilities of ids, given the logits of the vocabulary.
-fn log_probabilities(isa: Isa, logits: &[f32], ids: &[u32]) -> Vec<f32> {
-    let normalizer = kernels::log_sum_exp(isa, logits);
-    ids.iter().map(|id| (f64::from(logits[*id as usize]) - normalizer) as f32).collect()
 }
 
 /// Buffers of one thread for one block of rows.
@@ -306,7 +217,7 @@ struct Scratch {
 }
 
 /// `x += a W`, also where the width of `x` is no whole number of panels.
-fn add_product(weights: &Packed, isa: Isa, a: &[f32], x: &mut [f32], width: usize, padded: &mut Vec<f32>) {
+fn add_product(weights: &Linear, isa: Isa, a: &[f32], x: &mut [f32], width: usize, padded: &mut Vec<f32>) {
     let full = weights.panels() * LANES;
     if full == width {
         weights.multiply(isa, a, x, true);
@@ -357,43 +268,29 @@ impl Decoder for CpuModel {
     }
 
     fn weight_bytes(&self) -> usize {
-        let c = &self.config;
-        let packed = |w: &Packed| 4 * w.k * w.panels() * LANES;
-        let layer =
-            |l: &Layer| [&l.qkv, &l.output, &l.gate_up, &l.down].map(packed).iter().sum::<usize>() + 4 * 2 * c.hidden;
-        let tables = packed(&self.head) + self.embedding.as_ref().map_or(0, |e| 4 * e.len());
-        self.layers.iter().map(layer).sum::<usize>() + tables + 4 * (c.hidden + self.frequencies.len())
+        self.bytes()
     }
 
     fn token_bytes(&self) -> usize {
         4 * 2 * self.config.layers * self.config.kv_width()
     }
 
-    fn pass_bytes(&self, tokens: usize, seen: usize, read: usize) -> usize {
+    fn pass_bytes(&self, PassSize { tokens, seen, .. }: PassSize) -> usize {
         let c = &self.config;
-        let head = self.head.panels() * LANES;
+        let width = self.head.panels() * LANES;
         let inner = 2 * c.intermediate + LANES;
         let rows = tokens * (c.hidden + self.qkv_width() + c.q_width() + 2 * self.frequencies.len())
-            + read * (2 * c.hidden + c.q_width())
-            + HEAD_ROWS * (2 * head + c.hidden)
-            + head;
+            + tokens * (2 * c.hidden + c.q_width())
+            + head::ROWS * (2 * width + c.hidden)
+            + width;
         let block = BLOCK_ROWS * (2 * c.hidden + LANES + inner + c.intermediate);
         let threads = rayon::current_num_threads().max(1);
         // Besides: runs, reads and tasks, which are lists of a few words per token.
-        4 * rows + threads * (4 * block + attention::scratch_bytes(c, seen)) + 512 * (tokens + read)
+        4 * rows + threads * (4 * block + attention::scratch_bytes(c, seen)) + 1024 * tokens
     }
 
     fn slice(&self, segment: &Segment, from: usize, len: usize) -> Segment {
-        let (c, width) = (&self.config, segment.kv_width);
-        let mut out = Segment::new(c, len);
-        for layer in 0..c.layers {
-            for which in 0..2 {
-                let source = segment.range(layer, which).start + from * width;
-                let target = out.range(layer, which);
-                out.data[target].copy_from_slice(&segment.data[source..source + len * width]);
-            }
-        }
-        out
+        segment.slice(&self.config, from, len)
     }
 
     fn forward(&self, pack: &Pack, past: &[&Segment], each: &mut dyn FnMut(usize, &[f32])) -> Result<Vec<Segment>> {

@@ -46,7 +46,7 @@ pub unsafe fn product(isa: Isa, p: Product) {
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => x86::product_avx512(p),
+            Isa::Avx512Vnni | Isa::Avx512 => x86::product_avx512(p),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => x86::product_avx2(p),
             _ => product_portable(p),

@@ -1,7 +1,7 @@
 //! One request gives the same numbers alone and in any company: with any batches, budgets and history of calls.
 
 use std::path::Path;
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
@@ -12,39 +12,7 @@ use crate::llm::cpu::CpuModel;
 use crate::llm::cpu::kernels::Isa;
 use crate::llm::model::{BurnModel, Placement};
 use crate::llm::options::Half;
-use crate::llm::pack::Pack;
 use crate::llm::weights::Weights;
-
-impl<D: Decoder> Decoder for Arc<D> {
-    type Segment = D::Segment;
-
-    fn config(&self) -> &LlamaConfig {
-        (**self).config()
-    }
-    fn batch_tokens(&self) -> usize {
-        (**self).batch_tokens()
-    }
-    fn weight_bytes(&self) -> usize {
-        (**self).weight_bytes()
-    }
-    fn token_bytes(&self) -> usize {
-        (**self).token_bytes()
-    }
-    fn pass_bytes(&self, tokens: usize, seen: usize, read: usize) -> usize {
-        (**self).pass_bytes(tokens, seen, read)
-    }
-    fn slice(&self, segment: &D::Segment, from: usize, len: usize) -> D::Segment {
-        (**self).slice(segment, from, len)
-    }
-    fn forward(
-        &self,
-        pack: &Pack,
-        past: &[&D::Segment],
-        each: &mut dyn FnMut(usize, &[f32]),
-    ) -> Result<Vec<D::Segment>> {
-        (**self).forward(pack, past, each)
-    }
-}
 
 fn weights() -> Weights {
     Weights::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llm/tiny")).unwrap()
@@ -52,16 +20,16 @@ fn weights() -> Weights {
 
 type Burn = BurnModel<burn::backend::Flex>;
 
-static CPU: LazyLock<Arc<CpuModel>> = LazyLock::new(|| Arc::new(CpuModel::load(&weights(), Isa::detect()).unwrap()));
+static CPU: LazyLock<CpuModel> = LazyLock::new(|| CpuModel::load(&weights(), Isa::detect()).unwrap());
 
-fn burn(half: bool) -> Arc<Burn> {
-    Arc::new(BurnModel::load(&weights(), &Default::default(), Placement { half, gpu: false }).unwrap())
+fn burn(half: bool) -> Burn {
+    BurnModel::load(&weights(), &Default::default(), Placement { half, gpu: false }).unwrap()
 }
 
 /// An engine with batches of `batch` tokens and room for the keys and values of `held`.
-fn engine<D: Decoder>(decoder: &Arc<D>, batch: usize, held: usize) -> Local<Arc<D>> {
+fn engine<D: Decoder>(decoder: &D, batch: usize, held: usize) -> Local<&D> {
     let kv_bytes = held * decoder.token_bytes();
-    Local::new(decoder.clone(), LlmOptions { batch_tokens: Some(batch), kv_bytes, half: Half::Never })
+    Local::new(decoder, LlmOptions { batch_tokens: Some(batch), kv_bytes, half: Half::Never, ..LlmOptions::default() })
 }
 
 /// What is asked in one call.
@@ -187,7 +155,7 @@ fn random_call(rng: &mut ChaCha8Rng) -> Call {
 }
 
 /// The answers to a call when each request is alone and nothing was asked before.
-fn alone<D: Decoder>(decoder: &Arc<D>, call: &Call) -> Vec<Answer> {
+fn alone<D: Decoder>(decoder: &D, call: &Call) -> Vec<Answer> {
     call.apart().iter().flat_map(|one| one.ask(&engine(decoder, 4096, 0))).collect()
 }
 
@@ -197,10 +165,10 @@ proptest! {
     #[test]
     fn company_does_not_change_results(seed: u64, batch in 1usize..150, held in 0usize..300) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let engine = engine(&CPU, batch, held);
+        let engine = engine(&*CPU, batch, held);
         for _ in 0..4 {
             let call = random_call(&mut rng);
-            prop_assert_eq!(call.ask(&engine), alone(&CPU, &call), "{:?}", call);
+            prop_assert_eq!(call.ask(&engine), alone(&*CPU, &call), "{:?}", call);
             let tree = engine.tree.lock().unwrap();
             prop_assert!(tree.bytes() <= held * CPU.token_bytes());
         }
@@ -215,7 +183,7 @@ fn company_does_not_change_results_on_burn() {
         let engine = engine(&burn, batch, held);
         for _ in 0..if batch == 1 { 2 } else { 6 } {
             let call = random_call(&mut rng);
-            for (got, want) in call.ask(&engine).iter().zip(&alone(&CPU, &call)) {
+            for (got, want) in call.ask(&engine).iter().zip(&alone(&*CPU, &call)) {
                 assert_eq!(got.1, want.1, "{call:?}");
                 for (got, want) in got.0.iter().zip(&want.0) {
                     assert!((got - want).abs() < 1e-4, "{call:?}: {got}, not {want}");
@@ -228,11 +196,12 @@ fn company_does_not_change_results_on_burn() {
 /// bfloat16 has 8 bits: the tiny model's log-probabilities are off by less than a tenth.
 #[test]
 fn half_precision_is_close() {
-    let half = engine(&burn(true), 100, 200);
+    let burn = burn(true);
+    let half = engine(&burn, 100, 200);
     let prompts: Vec<Vec<u32>> = (1..20u32).map(|n| (0..n * 3).map(|i| (i * 7 + n) % 64).collect()).collect();
     let call = Call::Labels(prompts.clone(), vec![vec![1, 9, 33]; prompts.len()]);
     let mut largest = 0f64;
-    for (got, want) in call.ask(&half).iter().zip(alone(&CPU, &call)) {
+    for (got, want) in call.ask(&half).iter().zip(alone(&*CPU, &call)) {
         got.0.iter().zip(want.0).for_each(|(g, w)| largest = largest.max((g - w).abs()));
     }
     assert!(largest > 1e-5 && largest < 0.1, "{largest}");
@@ -244,7 +213,7 @@ fn half_precision_is_close() {
 fn a_list_is_written_as_step_by_step() {
     let candidates: Vec<Vec<u32>> = vec![vec![5, 62], vec![5, 6, 62], vec![9, 8, 62], vec![5, 62], vec![9, 62]];
     let request = RankRequest { prompt: vec![3, 1, 4], candidates: candidates.clone(), leads: vec![] };
-    let engine = engine(&CPU, 100, 100);
+    let engine = engine(&*CPU, 100, 100);
     let ranked = engine.rank_by_generation(std::slice::from_ref(&request), &mut |_| Ok(())).unwrap().remove(0);
     let mut text = request.prompt.clone();
     let mut left: Vec<usize> = (0..candidates.len()).collect();
@@ -275,7 +244,7 @@ fn a_list_is_written_as_step_by_step() {
 /// What is known is not computed again, in later calls and other modes too.
 #[test]
 fn known_beginnings_are_kept_between_calls() {
-    let engine = engine(&CPU, 1000, 1000);
+    let engine = engine(&*CPU, 1000, 1000);
     let prompts: Vec<Vec<u32>> = (0..4u32).map(|i| (0..50).chain([i, i]).collect()).collect();
     let labels = vec![vec![1]; 4];
     engine.label_logprobs(&prompts, &labels, &mut |_| Ok(())).unwrap();
@@ -287,7 +256,7 @@ fn known_beginnings_are_kept_between_calls() {
 
 #[test]
 fn no_prompts_are_no_work() {
-    let engine = engine(&CPU, 100, 100);
+    let engine = engine(&*CPU, 100, 100);
     assert!(engine.label_logprobs(&[], &[], &mut |_| Ok(())).unwrap().is_empty());
     let request = ScoreRequest { prompt: vec![1], continuations: vec![] };
     assert_eq!(engine.continuation_logprobs(&[request], &mut |_| Ok(())).unwrap(), [Vec::<Vec<f32>>::new()]);
@@ -300,7 +269,7 @@ fn no_prompts_are_no_work() {
 
 #[test]
 fn what_cannot_be_computed_is_refused() {
-    let engine = engine(&CPU, 100, 100);
+    let engine = engine(&*CPU, 100, 100);
     let rank = |prompt: Vec<u32>, candidates: Vec<Vec<u32>>| {
         let request = RankRequest { prompt, candidates, leads: vec![] };
         engine.rank_by_generation(&[request], &mut |_| Ok(())).unwrap_err()

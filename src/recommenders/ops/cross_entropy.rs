@@ -50,7 +50,7 @@ pub fn linear_cross_entropy_excluding<B: FusedBackend>(
         assert!(excluded.classes.iter().all(|&c| (c as usize) < classes), "a class that is none of the {classes}");
     }
     let excluded = excluded.map(Arc::new);
-    run(states, table, bias, LinearSoftmax { targets: targets.into(), weights: None, excluded, dim: 0 })
+    run(states, table, bias, LinearSoftmax { targets: targets.into(), weights: None, excluded, dim: 0, fixed: false })
 }
 
 /// The same times `weights [n]`, which are constants: `[n]`. On the CPU one pass is enough however the weights differ.
@@ -69,8 +69,22 @@ pub fn weighted_cross_entropy<B: FusedBackend>(
         states,
         table,
         bias,
-        LinearSoftmax { targets: targets.into(), weights: Some(weights.into()), excluded: None, dim: 0 },
+        LinearSoftmax { targets: targets.into(), weights: Some(weights.into()), excluded: None, dim: 0, fixed: false },
     )
+}
+
+/// As [`linear_cross_entropy`] without a bias and with a table that is not learned: no gradient flows to it, and on
+/// the CPU none is computed.
+///
+/// # Panics
+/// When the shapes do not fit or a target is no class (our bug).
+pub fn fixed_cross_entropy<B: FusedBackend>(
+    states: Tensor<B, 2>,
+    table: Tensor<B, 2>,
+    targets: &[u32],
+) -> Tensor<B, 1> {
+    let operation = LinearSoftmax { targets: targets.into(), weights: None, excluded: None, dim: 0, fixed: true };
+    run(states, table.detach(), None, operation)
 }
 
 fn run<B: FusedBackend>(
@@ -100,6 +114,8 @@ struct LinearSoftmax {
     /// Classes that are left out of a state's softmax, unless they are its target.
     excluded: Option<Arc<Excluded>>,
     dim: usize,
+    /// Whether the table's gradient is not wanted.
+    fixed: bool,
 }
 
 impl LinearSoftmax {
@@ -138,7 +154,15 @@ impl LinearSoftmax {
     }
 
     fn layer<'a>(&'a self, states: &'a [f32], table: &'a [f32], bias: Option<&'a [f32]>) -> Layer<'a> {
-        Layer { states, table, bias, targets: &self.targets, excluded: self.excluded.as_deref(), dim: self.dim }
+        Layer {
+            states,
+            table,
+            bias,
+            targets: &self.targets,
+            excluded: self.excluded.as_deref(),
+            dim: self.dim,
+            fixed: self.fixed,
+        }
     }
 
     fn weighted(&self, mut losses: Vec<f32>) -> Vec<f32> {
@@ -268,7 +292,7 @@ mod tests {
             }
             false => {
                 let (targets, excluded) = (case.targets.as_slice().into(), excluded.map(Arc::new));
-                let operation = LinearSoftmax { targets, weights: None, excluded, dim };
+                let operation = LinearSoftmax { targets, weights: None, excluded, dim, fixed: false };
                 operation.in_burn(states.clone(), table.clone(), bias.clone())
             }
         };

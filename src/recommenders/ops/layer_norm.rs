@@ -37,7 +37,7 @@ const LANES: usize = 16;
 
 /// The sum of `f` over places `0..n`, in lanes.
 #[inline(always)]
-fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub(super) fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
     let whole = n / LANES * LANES;
     for first in (0..whole).step_by(LANES) {

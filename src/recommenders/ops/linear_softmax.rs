@@ -24,6 +24,8 @@ pub struct Layer<'a> {
     pub excluded: Option<&'a Excluded>,
     /// At least 1.
     pub dim: usize,
+    /// Whether the table's gradient is not wanted; it is empty then.
+    pub fixed: bool,
 }
 
 /// Classes that are left out, per row.
@@ -132,7 +134,7 @@ pub fn losses_and_gradients(layer: Layer<'_>, weights: Option<&[f32]>) -> (Vec<f
         groups.map(|(n, (losses, states))| group(layer, weights, n * step, losses, states)).collect();
     let mut parts = parts.into_iter();
     let (mut table, mut bias) = parts.next().unwrap_or_default();
-    table.resize(layer.table.len(), 0.0);
+    table.resize(if layer.fixed { 0 } else { layer.table.len() }, 0.0);
     bias.resize(layer.bias.map_or(0, <[f32]>::len), 0.0);
     for (t, b) in parts {
         table.par_chunks_mut(1 << 16).zip(t.par_chunks(1 << 16)).for_each(|(sum, x)| add(sum, x));
@@ -151,7 +153,7 @@ fn group(
     d_states: &mut [f32],
 ) -> (Vec<f32>, Vec<f32>) {
     let (dim, classes, step) = (layer.dim, layer.classes(), layer.block_rows());
-    let mut d_table = vec![0f32; classes * dim];
+    let mut d_table = vec![0f32; if layer.fixed { 0 } else { classes * dim }];
     let mut d_bias = vec![0f32; layer.bias.map_or(0, <[f32]>::len)];
     let mut logits = vec![0f32; step.min(losses.len()) * classes];
     let (mut scaled, mut scales) = (vec![0f32; step * dim], vec![0f32; step]);
@@ -173,7 +175,9 @@ fn group(
         for (row, scale) in d_states.chunks_exact_mut(dim).zip(&scales) {
             row.iter_mut().for_each(|x| *x *= scale);
         }
-        multiply(&mut d_table, [classes, dim, rows], (logits, 1, classes), (&scaled[..rows * dim], dim, 1), true);
+        if !layer.fixed {
+            multiply(&mut d_table, [classes, dim, rows], (logits, 1, classes), (&scaled[..rows * dim], dim, 1), true);
+        }
     }
     (d_table, d_bias)
 }

@@ -39,6 +39,8 @@ impl Adam {
         Step {
             beta1: self.beta1 as f32,
             beta2: self.beta2 as f32,
+            rest1: (1.0 - self.beta1) as f32,
+            rest2: (1.0 - self.beta2) as f32,
             rate: (self.rate / (1.0 - self.beta1.powi(t))) as f32,
             scale: (1.0 / (1.0 - self.beta2.powi(t)).sqrt()) as f32,
             epsilon: self.epsilon as f32,
@@ -47,13 +49,17 @@ impl Adam {
     }
 }
 
-/// `m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g g; value = keep value - rate m / (scale sqrt(v) + epsilon)`.
+/// `m = beta1 m + rest1 g; v = beta2 v + rest2 g g; value = keep value - rate m / (scale sqrt(v) + epsilon)`.
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
     /// Decay of the first moment.
     pub beta1: f32,
     /// Decay of the second moment.
     pub beta2: f32,
+    /// 1 less `beta1`, rounded once: in f32, 1 - .999 is off by 5e-5.
+    pub rest1: f32,
+    /// 1 less `beta2`, rounded once.
+    pub rest2: f32,
     /// Step size with the first moment's correction.
     pub rate: f32,
     /// The second moment's correction.
@@ -124,8 +130,8 @@ fn sum_rows_generic<B: Backend>(reads: Reads<B>) -> (Vec<u32>, Tensor<B, 1>) {
 }
 
 fn adam_generic<B: Backend>((value, m, v): State<B>, grad: Tensor<B, 1>, s: Step) -> State<B> {
-    let m = m * s.beta1 + grad.clone() * (1.0 - s.beta1);
-    let v = v * s.beta2 + grad.clone() * grad * (1.0 - s.beta2);
+    let m = m * s.beta1 + grad.clone() * s.rest1;
+    let v = v * s.beta2 + grad.clone() * grad * s.rest2;
     let value = value * s.keep - m.clone() * s.rate / (v.clone().sqrt() * s.scale + s.epsilon);
     (value, m, v)
 }
@@ -246,8 +252,8 @@ fn update_avx2(x: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], s: Step) 
 #[inline(always)]
 fn update_body(x: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], s: Step) {
     for (((x, m), v), &g) in x.iter_mut().zip(m.iter_mut()).zip(v.iter_mut()).zip(g) {
-        *m = s.beta1 * *m + (1.0 - s.beta1) * g;
-        *v = s.beta2 * *v + (1.0 - s.beta2) * (g * g);
+        *m = s.beta1 * *m + s.rest1 * g;
+        *v = s.beta2 * *v + s.rest2 * (g * g);
         *x = s.keep * *x - s.rate * *m / (v.sqrt() * s.scale + s.epsilon);
     }
 }

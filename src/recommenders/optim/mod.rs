@@ -17,9 +17,11 @@
 //! ```
 
 mod adam;
+mod gradients;
 mod init;
 mod params;
 
 pub use adam::{Adam, AdamBackend, Step};
+pub use gradients::Gradients;
 pub use init::{normal, truncated_normal, uniform, xavier_normal, xavier_uniform};
 pub use params::{ParamId, Params, Vars};

@@ -17,22 +17,24 @@ pub struct ParamId(usize);
 
 /// All weights of a model.
 pub struct Params<B: Backend> {
-    device: B::Device,
-    list: Vec<Param<B>>,
-    steps: usize,
+    pub(super) device: B::Device,
+    pub(super) list: Vec<Param<B>>,
+    pub(super) steps: usize,
 }
 
 /// Values and moments are flat; `shape` is how the model sees them.
-struct Param<B: Backend> {
-    name: String,
+pub(super) struct Param<B: Backend> {
+    pub(super) name: String,
     shape: Vec<usize>,
     value: Tensor<B, 1>,
     moments: Option<(Tensor<B, 1>, Tensor<B, 1>)>,
+    /// Factor of the step size.
+    rate: f64,
 }
 
 /// The weights as a model reads them, with or without gradients.
 pub struct Vars<B: Backend> {
-    list: Vec<(Vec<usize>, Tensor<B, 1>)>,
+    pub(super) list: Vec<(Vec<usize>, Tensor<B, 1>)>,
     tracked: bool,
     rows: RefCell<Vec<RowLeaf<B>>>,
 }
@@ -63,8 +65,13 @@ impl<B: Backend> Params<B> {
         let n: usize = shape.iter().product();
         assert_eq!(values.len(), n, "weight `{name}` does not have its shape {shape:?}");
         let value = Tensor::from_data(TensorData::new(values, [n]), &self.device);
-        self.list.push(Param { name: name.to_owned(), shape: shape.to_vec(), value, moments: None });
+        self.list.push(Param { name: name.to_owned(), shape: shape.to_vec(), value, moments: None, rate: 1.0 });
         ParamId(self.list.len() - 1)
+    }
+
+    /// Multiplies the step size of one weight; 1 at first.
+    pub fn set_rate(&mut self, id: ParamId, factor: f64) {
+        self.list[id.0].rate = factor;
     }
 
     /// The weights without gradients.
@@ -78,6 +85,28 @@ impl<B: Backend> Params<B> {
         let leaf = |p: &Param<B>| Tensor::<Autodiff<B>, 1>::from_inner(p.value.clone()).require_grad();
         let list = self.list.iter().map(|p| (p.shape.clone(), leaf(p))).collect();
         Vars { list, tracked: true, rows: RefCell::default() }
+    }
+
+    /// The weights as constants of a computation that has gradients elsewhere.
+    pub fn frozen(&self) -> Vars<Autodiff<B>> {
+        let constant = |p: &Param<B>| Tensor::<Autodiff<B>, 1>::from_inner(p.value.clone());
+        let list = self.list.iter().map(|p| (p.shape.clone(), constant(p))).collect();
+        Vars { list, tracked: false, rows: RefCell::default() }
+    }
+
+    /// How many weights there are.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// How many numbers all weights have together.
+    pub fn numbers(&self) -> usize {
+        self.list.iter().map(|p| p.shape.iter().product::<usize>()).sum()
     }
 
     /// The weights' values on the host.
@@ -193,14 +222,17 @@ impl<B: AdamBackend> Params<B> {
                 *g = g.clone() * scale.clone();
             }
         }
-        let step = adam.step(self.steps);
+        let steps = self.steps;
+        let step_of = |rate: f64| Adam { rate: adam.rate * rate, ..*adam }.step(steps);
         for (param, grad) in self.list.iter_mut().zip(whole) {
             if let Some(grad) = grad {
+                let step = step_of(param.rate);
                 param.update(|state| B::adam(state, grad, step));
             }
         }
         for (n, rows, grad) in by_rows {
             let dim = self.list[n].shape[1];
+            let step = step_of(self.list[n].rate);
             self.list[n].update(|state| B::adam_rows(state, dim, &rows, grad, step));
         }
         loss.inner()
@@ -232,7 +264,7 @@ impl<B: AdamBackend> Params<B> {
 }
 
 impl<B: Backend> Param<B> {
-    fn update(&mut self, step: impl FnOnce(super::adam::State<B>) -> super::adam::State<B>) {
+    pub(super) fn update(&mut self, step: impl FnOnce(super::adam::State<B>) -> super::adam::State<B>) {
         let device = self.value.device();
         let empty = || Tensor::zeros([0], &device);
         // The value is moved out, so that the step may write into its memory.

@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::recommenders::idle::{self, Idle};
 use crate::recommenders::ops::{self, FusedBackend};
 use crate::recommenders::optim::{ParamId, Params, Vars, xavier_normal};
 
@@ -78,6 +79,13 @@ impl Activation {
         }
     }
 }
+
+/// What has no effect in a model without a perceptron.
+pub const NO_PERCEPTRON: Idle = Idle {
+    keys: &["l2_reg_dnn", "dnn_dropout", "dnn_activation", "dnn_use_bn"],
+    when: |full| idle::len(full, "dnn_hidden_units") == 0,
+    why: "with an empty `dnn_hidden_units`: there is no perceptron",
+};
 
 /// Hyper-parameters of a multilayer perceptron.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::super::idle::{self, Idle};
 use super::super::trainer::Schedule;
 use crate::error::{Error, Result};
 
@@ -184,11 +185,11 @@ impl OptimizerHyper {
     }
 }
 
-/// Checks what no single range can say. `given` is what the user wrote.
+/// Checks what no single range can say.
 ///
 /// # Errors
-/// Heads that do not divide the dimension; a setting that the chosen loss does not use, changed (exit 78).
-pub fn check(model: &str, encoder: &EncoderHyper, optimizer: &OptimizerHyper, defaults: &OptimizerHyper) -> Result<()> {
+/// Heads that do not divide the dimension (exit 78).
+pub fn check(model: &str, encoder: &EncoderHyper) -> Result<()> {
     if !encoder.embedding_dim.is_multiple_of(encoder.heads) {
         return Err(Error::spec(format!(
             "`heads` of `{model}` is {}, which does not divide `embedding_dim` = {}",
@@ -196,27 +197,22 @@ pub fn check(model: &str, encoder: &EncoderHyper, optimizer: &OptimizerHyper, de
         ))
         .with_help("choose a divisor, such as 1 or 2"));
     }
-    if optimizer.loss != LossKind::SampledSoftmax {
-        let unused = [
-            ("negatives", optimizer.negatives != defaults.negatives),
-            ("negative_power", optimizer.negative_power != defaults.negative_power),
-        ];
-        if let Some((name, _)) = unused.iter().find(|(_, changed)| *changed) {
-            return Err(unused_setting(model, name, "only `loss = \"sampled-softmax\"` draws shared negatives"));
-        }
-    }
-    if optimizer.loss != LossKind::Softmax && optimizer.exclude_seen != defaults.exclude_seen {
-        let why = "only `loss = \"softmax\"` goes over the whole catalogue";
-        return Err(unused_setting(model, "exclude_seen", why));
-    }
     Ok(())
 }
 
-/// The error of a setting that the others make idle.
-pub fn unused_setting(model: &str, name: &str, why: &str) -> Error {
-    Error::spec(format!("hyper-parameter `{name}` of `{model}` has no effect here: {why}"))
-        .with_help(format!("leave `{name}` out"))
-}
+/// Settings of one loss that the others do not read.
+pub const IDLE: &[Idle] = &[
+    Idle {
+        keys: &["negatives", "negative_power"],
+        when: |full| idle::is_not(full, "loss", "sampled-softmax"),
+        why: "with this `loss`: only \"sampled-softmax\" draws shared negatives",
+    },
+    Idle {
+        keys: &["exclude_seen"],
+        when: |full| idle::is_not(full, "loss", "softmax"),
+        why: "with this `loss`: only \"softmax\" goes over the whole catalogue",
+    },
+];
 
 /// The hyper-parameters of a saved model.
 ///

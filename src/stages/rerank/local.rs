@@ -120,7 +120,7 @@ fn score(
     match config.mode {
         Mode::Label => {
             let labels: Vec<Vec<u32>> = segment.iter().map(|q| q.scored.iter().map(|l| l[0]).collect()).collect();
-            let scores = llm.label_logprobs(&prompts(), &labels, progress)?;
+            let scores = llm.label_logprobs_among(&prompts(), &labels, progress)?;
             Ok(scores.into_iter().map(|row| row.into_iter().map(|s| vec![s]).collect()).collect())
         }
         Mode::Likelihood => {

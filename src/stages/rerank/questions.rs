@@ -164,7 +164,8 @@ pub(super) struct Maker<'a> {
 impl<'a> Maker<'a> {
     pub(super) fn local(config: &'a RerankConfig, chat: &'a ChatTokenizer, weights: &str) -> Self {
         let settings = match config.mode {
-            Mode::Label | Mode::Likelihood => serde_json::json!([config.mode, config.normalise]),
+            Mode::Label => serde_json::json!([config.mode, "among the labels"]),
+            Mode::Likelihood => serde_json::json!([config.mode, config.normalise]),
             Mode::Generate => serde_json::json!([config.mode]),
             Mode::Rating => serde_json::json!([config.mode, config.ratings]),
         };

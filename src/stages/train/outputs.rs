@@ -22,7 +22,7 @@ use crate::tables::Table;
 pub(super) const BATCH_ROWS: usize = 1 << 16;
 
 /// Schema of the training log.
-pub(super) fn epochs_schema(task: Task) -> SchemaRef {
+pub(in crate::stages) fn epochs_schema(task: Task) -> SchemaRef {
     Arc::new(Schema::new(vec![
         Field::new("epoch", DataType::Int32, false),
         Field::new("loss", DataType::Float64, false),
@@ -32,7 +32,7 @@ pub(super) fn epochs_schema(task: Task) -> SchemaRef {
 }
 
 /// The training log as a table.
-pub(super) fn epochs_table(task: Task, sign: f64, log: &[Epoch]) -> Result<Table> {
+pub(in crate::stages) fn epochs_table(task: Task, sign: f64, log: &[Epoch]) -> Result<Table> {
     Table::from_columns(vec![
         ("epoch", Arc::new(Int32Array::from_iter_values(log.iter().map(|e| e.number as i32))), false),
         ("loss", Arc::new(Float64Array::from_iter_values(log.iter().map(|e| e.loss))), false),
@@ -86,7 +86,7 @@ fn vector_field() -> Arc<Field> {
 }
 
 /// Schema of an embedding table.
-pub(super) fn embedding_schema(id: &str, id_type: DataType) -> SchemaRef {
+pub(in crate::stages) fn embedding_schema(id: &str, id_type: DataType) -> SchemaRef {
     let fields = vec![Field::new(id, id_type, false), Field::new(EMBEDDING, DataType::List(vector_field()), false)];
     Arc::new(Schema::new(fields))
 }
@@ -100,7 +100,7 @@ pub(in crate::stages) fn id_type(of: &DataType) -> DataType {
 }
 
 /// An embedding table, one row per id.
-pub(super) fn embedding_table(id: &str, ids: &IdMap, rows: Embeddings<'_>) -> Result<Table> {
+pub(in crate::stages) fn embedding_table(id: &str, ids: &IdMap, rows: Embeddings<'_>) -> Result<Table> {
     let schema = embedding_schema(id, ids.ids().data_type());
     // A list column counts its values in 32 bits, so a large table takes several batches.
     let all: Vec<usize> = (0..ids.len()).collect();
