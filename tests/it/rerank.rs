@@ -42,10 +42,11 @@ fn run(world: &World, code: i32, args: &[&str]) -> (serde_json::Value, Output) {
     (serde_json::from_str(out.lines().last().unwrap()).unwrap(), output)
 }
 
-/// (source, reason) -> users, over the published table.
+/// (source, reason) -> users, over the published table. Single items without a title are no matter here.
 fn ends(world: &World) -> BTreeMap<(String, String), i64> {
     let rows = world.sql(
-        "select source, coalesce(reason, '') reason, count(distinct user_id) n from recommendations group by 1, 2",
+        "select source, coalesce(reason, '') reason, count(distinct user_id) n from recommendations \
+         where coalesce(reason, '') <> 'no_title' group by 1, 2",
     );
     let text = |v: &serde_json::Value| v.as_str().unwrap().to_owned();
     rows.iter().map(|r| ((text(&r["source"]), text(&r["reason"])), r["n"].as_i64().unwrap())).collect()
@@ -182,9 +183,10 @@ fn a_killed_run_goes_on_where_it_was() {
     let before = server.requests();
     let (document, _) = run(&world, 0, &[]);
     let counters = &stage(&document, "rerank")["counters"];
-    // One segment had been written.
-    assert_eq!((&counters["prompts_reused"], &counters["users_asked"]), (&16.into(), &USERS.into()), "{counters}");
-    assert_eq!(server.requests() - before, USERS - 16);
+    // One segment of 16 had been written, or more where the machine is slow.
+    let kept = counters["prompts_reused"].as_u64().unwrap() as usize;
+    assert!(kept >= 16 && counters["users_asked"] == USERS, "{counters}");
+    assert_eq!(server.requests() - before, USERS - kept);
     let rows = world.sql("select count(*) n, count(distinct prompt_digest) d from ledger where llm_model = 'openai:m'");
     assert_eq!((&rows[0]["n"], &rows[0]["d"]), (&USERS.into(), &USERS.into()));
     // The same table as without the kill.
