@@ -35,6 +35,8 @@ pub trait Engine: Send + Sync {
     fn config(&self) -> &LlamaConfig;
     /// Bytes that it takes at most.
     fn memory(&self) -> Memory;
+    /// See [`super::Llm::forget`].
+    fn forget(&self);
     /// See [`super::Llm::label_logprobs`].
     fn label_logprobs(
         &self,
@@ -143,6 +145,12 @@ impl<D: Decoder> Engine for Local<D> {
 
     fn memory(&self) -> Memory {
         Memory::bound(&self.decoder, &self.options)
+    }
+
+    fn forget(&self) {
+        let mut tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
+        tree.set_budget(0);
+        tree.set_budget(self.options.kv_bytes);
     }
 
     fn label_logprobs(

@@ -184,6 +184,11 @@ impl Llm {
         self.engine.memory()
     }
 
+    /// Drops the keys and values of beginnings that earlier calls computed. Results do not depend on it.
+    pub fn forget(&self) {
+        self.engine.forget();
+    }
+
     /// Log-probabilities of one-token labels after prompts: `prompts` `[n]` of token ids, `labels`
     /// `[n]` of label ids; returns `[n]` of one number per label, natural logarithms over the whole vocabulary.
     ///
