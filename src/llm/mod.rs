@@ -24,6 +24,7 @@ pub mod rope;
 pub mod safetensors;
 pub mod scoring;
 pub mod serve;
+pub mod template;
 pub mod tokenizer;
 pub mod weights;
 
