@@ -20,10 +20,11 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::Value as Json;
 
 use super::bytes::FileBytes;
-use super::chat::{ChatTemplate, ChatTokenizer, Message};
+use super::chat::{ChatTokenizer, Message};
 use super::config::LlamaConfig;
 use super::gguf::Gguf;
 use super::safetensors::Checkpoint;
+use super::template::ChatTemplate;
 use super::tokenizer::Tokenizer;
 use super::weights::Weights;
 use crate::error::Result;
@@ -518,6 +519,11 @@ fn chat_templates() {
         "messages[::-1]",
         "1/0",
         "2**999",
+        "{% set ns.x = ns %}",
+        "{% set ns.x = [ns.x] %}",
+        "{% set ns = namespace() %}",
+        "{{ ns }}",
+        "{% for i in range(9999) %}",
     ];
     fuzz(
         "chat-template",

@@ -32,6 +32,7 @@ pub mod safetensors;
 pub mod scheduler;
 pub mod scoring;
 pub mod serve;
+pub mod template;
 pub mod tokenizer;
 pub mod trie;
 pub mod tune;

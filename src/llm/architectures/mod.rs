@@ -98,21 +98,22 @@ const LAYER: &[(&str, &str, fn(&LlamaConfig) -> bool, Shape)] = &[
     ("mlp.down_proj.weight", "ffn_down.weight", |_| true, |c| vec![c.hidden, c.intermediate]),
 ];
 
-/// Every tensor that the decoder of a configuration reads.
-pub fn tensors(c: &LlamaConfig) -> Vec<TensorName> {
+/// Every tensor that the decoder of a configuration reads; one after the other, since a damaged file may announce
+/// thousands of layers that it does not have.
+pub fn tensors(c: &LlamaConfig) -> impl Iterator<Item = TensorName> + '_ {
     let whole = |hf: &str, shape| TensorName { hf: hf.to_owned(), gguf: gguf_name(hf), shape };
     let mut out = vec![whole(EMBEDDING, vec![c.vocab_size, c.hidden]), whole(FINAL_NORM, vec![c.hidden])];
     if !c.tied {
         out.push(whole(HEAD, vec![c.vocab_size, c.hidden]));
     }
-    for layer in 0..c.layers {
-        out.extend(LAYER.iter().filter(|(_, _, has, _)| has(c)).map(|(hf, gguf, _, shape)| TensorName {
+    let layers = (0..c.layers).flat_map(move |layer| {
+        LAYER.iter().filter(|(_, _, has, _)| has(c)).map(move |(hf, gguf, _, shape)| TensorName {
             hf: format!("model.layers.{layer}.{hf}"),
             gguf: format!("blk.{layer}.{gguf}"),
             shape: shape(c),
-        }));
-    }
-    out
+        })
+    });
+    out.into_iter().chain(layers)
 }
 
 /// GGUF's name of a Hugging Face tensor; the name itself where GGUF has none.
