@@ -205,8 +205,8 @@ mod avx2 {
                     }
                     for q in 0..4 {
                         let w = _mm256_cvtepu8_epi16(_mm_load_si128(codes.add(quad * 64 + q * 16).cast()));
-                        for r in 0..ROWS {
-                            sums[r][q] = _mm256_add_epi32(sums[r][q], _mm256_madd_epi16(w, a[r]));
+                        for (sums, a) in sums.iter_mut().zip(&a) {
+                            sums[q] = _mm256_add_epi32(sums[q], _mm256_madd_epi16(w, *a));
                         }
                     }
                 }
