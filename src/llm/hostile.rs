@@ -515,7 +515,6 @@ fn chat_templates() {
         "1/0",
         "2**999",
         "{% set ns.x = ns %}",
-        "{% set ns.x = [ns.x] %}",
         "{% set ns = namespace() %}",
         "{{ ns }}",
         "{% for i in range(9999) %}",
