@@ -77,11 +77,11 @@ pub struct TensorName {
     pub shape: Vec<usize>,
 }
 
-/// Which of the sizes of a configuration a tensor of a layer has.
-type Shape = fn(&LlamaConfig) -> Vec<usize>;
+/// A tensor of a layer: its name in a Hugging Face folder and in a GGUF file, which models have it, its sizes.
+type LayerTensor = (&'static str, &'static str, fn(&LlamaConfig) -> bool, fn(&LlamaConfig) -> Vec<usize>);
 
 /// Names of a layer's tensors in both worlds (llama.cpp, `gguf-py/gguf/tensor_mapping.py`), which families have them, sizes.
-const LAYER: &[(&str, &str, fn(&LlamaConfig) -> bool, Shape)] = &[
+const LAYER: &[LayerTensor] = &[
     ("input_layernorm.weight", "attn_norm.weight", |_| true, |c| vec![c.hidden]),
     ("self_attn.q_proj.weight", "attn_q.weight", |_| true, |c| vec![c.q_width(), c.hidden]),
     ("self_attn.k_proj.weight", "attn_k.weight", |_| true, |c| vec![c.kv_width(), c.hidden]),
