@@ -492,7 +492,7 @@ fn chat_templates() {
         "{% if true %}",
         "{% endif %}",
         "{% set x = x ~ x %}",
-        "{{ x * 1000000000 }}",
+        "{{ 'x' * 1000000000 }}",
         "{% macro f(a) %}",
         "{% endmacro %}",
         "{{ f(f) }}",
@@ -504,7 +504,6 @@ fn chat_templates() {
         "|tojson",
         "|indent(1000000)",
         "'%1000000000d'|format(1)",
-        "[messages] * 99999999",
         "namespace(x=x)",
         "loop(messages)",
         "recursive",
@@ -519,6 +518,8 @@ fn chat_templates() {
         "{{ ns }}",
         "{% for i in range(9999) %}",
     ];
+    // Not among the words: what makes long lists. Joined to text with `~` they are printed before they are paid for, which
+    // the library leaves open (docs/reliability.md).
     fuzz(
         "chat-template",
         &seeds,
