@@ -55,6 +55,11 @@ impl ChatTemplate {
         &self.source
     }
 
+    /// How it writes the tokens that begin and end a text; empty where the model has none.
+    pub fn ends(&self) -> [&str; 2] {
+        [&self.bos, &self.eos]
+    }
+
     fn compile_here(source: String, bos: String, eos: String) -> Result<Self, String> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();

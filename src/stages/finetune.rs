@@ -452,7 +452,8 @@ impl Work {
         if let (Some(before), Some(after)) = (of(first, |p| p.held_out), kept) {
             self.observer.note(&format!("loss on held-out examples {before:.4} before, {after:.4} after"));
         }
-        let speed = of(last, |p| (p.seconds > 0.0).then(|| p.tokens as f64 / p.seconds));
+        let seconds = first.zip(last).map_or(0.0, |(first, last)| last.seconds - first.seconds);
+        let speed = last.filter(|_| seconds > 0.0).map(|p| p.tokens as f64 / seconds);
         let counters = [
             ("examples", json!(examples.train.len())),
             ("held_out_examples", json!(examples.held_out.len())),

@@ -6,10 +6,15 @@ use std::process::Command;
 use serde_json::Value;
 use tailfuse::device::DeviceChoice;
 use tailfuse::llm::tune::LoraFile;
-use tailfuse::llm::{ChatTokenizer, Llm, LlmOptions, Message};
+use tailfuse::llm::{ChatTokenizer, Llm, LlmOptions, Message, Precision};
 
 use crate::fixtures::{PIPELINE, World, stage};
 use crate::llm::{golden, golden_json, smollm2};
+
+/// 32 bits: what other programs compute in.
+fn exact() -> LlmOptions {
+    LlmOptions { precision: Precision::F32, ..LlmOptions::default() }
+}
 
 /// Instructions, an adapter and a whole model tuned on them, and one on lists of titles.
 const STAGES: &str = r#"
@@ -93,17 +98,16 @@ fn what_was_tuned_is_asked_as_any_model_and_loads_elsewhere() {
     let base = world.path("llm");
 
     // The adapter over the base is the merged model.
-    let options = LlmOptions::default;
     let file = LoraFile::open(&adapter).unwrap();
-    let over = Llm::open_adapted(&base, Some(file), DeviceChoice::Cpu, options()).unwrap();
-    let merged = Llm::open(&model, DeviceChoice::Cpu).unwrap();
+    let over = Llm::open_adapted(&base, Some(file), DeviceChoice::Cpu, exact()).unwrap();
+    let merged = Llm::open_with(&model, DeviceChoice::Cpu, exact()).unwrap();
     let text = "Which film, <|im_end|> or \"Heat\"?";
     let ids = merged.chat().encode_chat(&[Message::new("user", text)]).unwrap();
     let plain = merged.chat().encode_chat(&[Message::new("user", "Which film?")]).unwrap();
     let (ours, theirs) = (merged.logits(&ids).unwrap(), over.logits(&ids).unwrap());
     let far = |a: &[f32], b: &[f64]| a.iter().zip(b).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
     assert!(far(&ours, &theirs.iter().map(|x| f64::from(*x)).collect::<Vec<_>>()) < 1e-4);
-    let before = Llm::open(&base, DeviceChoice::Cpu).unwrap().logits(&ids).unwrap();
+    let before = Llm::open_with(&base, DeviceChoice::Cpu, exact()).unwrap().logits(&ids).unwrap();
     assert!(far(&ours, &before.iter().map(|x| f64::from(*x)).collect::<Vec<_>>()) > 0.01, "nothing was learned");
 
     // Another program gives the same logits and ids.
@@ -164,7 +168,7 @@ fn a_gguf_file_becomes_a_folder_with_its_tokenizer() {
 fn an_adapter_of_peft_over_the_real_model() {
     let Some(path) = smollm2("an_adapter_of_peft_over_the_real_model") else { return };
     let file = LoraFile::open(&golden("lora")).unwrap();
-    let llm = Llm::open_adapted(&path, Some(file), DeviceChoice::Cpu, LlmOptions::default()).unwrap();
+    let llm = Llm::open_adapted(&path, Some(file), DeviceChoice::Cpu, exact()).unwrap();
     let prompts = golden_json("lora/logits.json");
     let prompts = prompts.as_array().unwrap();
     // The longest ones take seconds and show nothing more of an adapter.

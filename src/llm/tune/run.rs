@@ -98,7 +98,8 @@ pub fn run<B: ModelBackend>(
     watch.begin(settings.steps, run.curve.last().map_or(0, |p| p.step));
     if run.curve.is_empty() {
         let held_out = run.measure(0)?;
-        run.point(Point { step: 0, loss: None, held_out, rate: 0.0, norm: 0.0, tokens: 0, seconds: 0.0 });
+        let seconds = run.started.elapsed().as_secs_f64();
+        run.point(Point { step: 0, loss: None, held_out, rate: 0.0, norm: 0.0, tokens: 0, seconds });
     }
     let (mut saved, mut cost) = (Instant::now(), Duration::ZERO);
     while run.curve.len() <= settings.steps && !run.is_over() {
@@ -206,9 +207,11 @@ impl<B: ModelBackend> Run<'_, B> {
         if let Some(loss) = self.curve.iter().rev().find_map(|p| p.held_out) {
             told += &format!(", held-out loss {loss:.4}");
         }
-        if point.step > 0 && point.seconds > 0.0 {
-            let left = point.seconds / point.step as f64 * s.steps.saturating_sub(point.step) as f64;
-            let speed = point.tokens as f64 / point.seconds;
+        // Of the steps alone: the measurement before the first one comes once.
+        let seconds = point.seconds - self.curve[0].seconds;
+        if point.step > 0 && seconds > 0.0 {
+            let left = seconds / point.step as f64 * s.steps.saturating_sub(point.step) as f64;
+            let speed = point.tokens as f64 / seconds;
             told += &format!(", {speed:.0} tokens/s, about {} left", duration(left));
         }
         self.watch.point(&point, &told);
