@@ -31,14 +31,16 @@ fmt:
 bench *ARGS:
     cargo bench {{ ARGS }}
 
-# Damaged model files, tokenizers and templates, N of each kind (docs/reliability.md).
+# Damaged model files, tokenizers, templates and answers of servers, N of each kind (docs/reliability.md).
 fuzz N="1000000":
-    TAILFUSE_FUZZ={{ N }} cargo test --release --lib llm::hostile -- --nocapture
+    TAILFUSE_FUZZ={{ N }} cargo test --release --lib -- --nocapture llm::hostile fuzz_remote_answers
 
-# Our LLM engine beside llama.cpp and transformers on the same prompts; the head of the script says what to install first.
-bench-llm PYTHON GGUF PROMPTS *ARGS:
+# Our LLM engine beside llama.cpp (the file as it is, Q4_0 and Q8_0 of the same weights) and transformers; the head of the script says what to install first.
+bench-llm PYTHON GGUF *ARGS:
     cargo build --release
-    {{ PYTHON }} peers/bench_llm.py --gguf {{ GGUF }} --prompts {{ PROMPTS }} {{ ARGS }}
+    cargo bench --bench llm --no-run
+    for t in Q4_0 Q8_0; do {{ PYTHON }} peers/gguf_quantize.py --gguf {{ GGUF }} --type $t --out target/bench-llm.$t.gguf; done
+    {{ PYTHON }} peers/bench_llm.py --gguf {{ GGUF }} --also target/bench-llm.Q4_0.gguf --also target/bench-llm.Q8_0.gguf {{ ARGS }}
 
 # The tables of docs/experiments.md: every model on MovieLens 100K, five seeds. What was fitted before is not fitted again.
 experiments:
@@ -60,10 +62,6 @@ docs:
 # Remote engines against llama.cpp's own server, with a Python that has xllamacpp (`pip install xllamacpp`).
 test-remote PYTHON *ARGS:
     TAILFUSE_PYTHON={{ PYTHON }} cargo test --release --test it -- remote:: rerank:: {{ ARGS }}
-
-# Damaged inputs of every kind, N of each: no panic, nothing unbounded. The tests run a few thousand; this is for a night.
-fuzz N="1000000":
-    TAILFUSE_FUZZ_INPUTS={{ N }} cargo test --release --lib fuzz
 
 # Forgets what stages computed here. Downloads, answers of the LLM (artifacts/ledger*) and published tables stay.
 clean-cache:

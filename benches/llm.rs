@@ -64,9 +64,15 @@ fn main() {
     }
     let tokens: usize = prompts.iter().map(Vec::len).sum();
     let labels = vec![tokenizer.encode_text("A"); prompts.len()];
-    let label = timed(|| drop(llm.label_logprobs(&prompts, &labels, &mut |_| Ok(())).unwrap()));
-    let read = timed(|| drop(llm.logits(&prompts[0]).unwrap()));
-    let generate = timed(|| drop(llm.generate(&prompts[0], 64, &[]).unwrap()));
+    let timed = |work: &dyn Fn()| {
+        timed(|| {
+            llm.forget();
+            work();
+        })
+    };
+    let label = timed(&|| drop(llm.label_logprobs(&prompts, &labels, &mut |_| Ok(())).unwrap()));
+    let read = timed(&|| drop(llm.logits(&prompts[0]).unwrap()));
+    let generate = timed(&|| drop(llm.generate(&prompts[0], 64, &[]).unwrap()));
     let report = json!({
         "threads": rayon::current_num_threads(), "prompts": prompts.len(), "tokens": tokens, "load_s": load_s,
         "label": label, "prompts_per_wall_s": prompts.len() as f64 / label["wall_s"].as_f64().unwrap(),
@@ -149,7 +155,11 @@ fn worker(llm: &Llm, load_s: f64) {
                 };
                 json!({"top": prompts.iter().map(likeliest).collect::<Json>()})
             }
-            None => json!({"best": llm.next_tokens(&prompts, &mut |_| Ok(())).unwrap()}),
+            None => {
+                // Nothing is left of the pass before.
+                llm.forget();
+                json!({"best": llm.next_tokens(&prompts, &mut |_| Ok(())).unwrap()})
+            }
         };
         writeln!(output, "{answer}").unwrap();
         output.flush().unwrap();

@@ -12,14 +12,12 @@
 use std::borrow::Cow;
 use std::path::Path;
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Value, ValueKind};
-use minijinja::{Environment, ErrorKind, State};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use super::config::LlamaConfig;
 use super::gguf::Gguf;
+use super::template::ChatTemplate;
 use super::tokenizer::{Piece, SpecialToken, Tokenizer, split_special};
 use super::weights::is_folder;
 use crate::error::{Error, Result};
@@ -52,31 +50,6 @@ pub struct ChatTokenizer {
     /// The file or folder, for messages.
     place: String,
 }
-
-/// A compiled template and the texts of its tokens.
-pub(crate) struct ChatTemplate {
-    environment: Environment<'static>,
-    source: String,
-    bos: String,
-    eos: String,
-}
-
-/// Name of the template inside its environment.
-const TEMPLATE: &str = "chat";
-
-/// Work that a template may do in one rendering, whatever the messages: an instruction or 64 bytes of text each.
-/// A template is part of a model file, and may be made to loop or to grow without end.
-const FUEL: u64 = 100_000;
-
-/// Further work for each message; and for each of its bytes 1, so that a text may pass through 64 operations.
-const FUEL_PER_MESSAGE: usize = 1_000;
-
-/// Calls inside calls.
-const RECURSION: usize = 100;
-
-/// Bytes of stack below which a template gets one of its own, and the size of that (only touched pages cost memory).
-const ROOM: usize = 4 << 20;
-const STACK: usize = 32 << 20;
 
 /// Characters that Unicode reserves for use inside programs (noncharacters U+FDD0 to U+FDEF).
 const MARKS: std::ops::RangeInclusive<char> = '\u{fdd0}'..='\u{fdef}';
@@ -283,7 +256,7 @@ impl ChatTokenizer {
                 .with_help("use an instruction-tuned model, or put its chat_template.jinja into the folder")
         })?;
         let used = |mark: &char| {
-            template.source.contains(*mark)
+            template.source().contains(*mark)
                 || messages.iter().any(|m| m.role.contains(*mark) || m.content.contains(*mark))
         };
         let mark = MARKS
@@ -331,87 +304,6 @@ impl ChatTokenizer {
 fn template_of(entry: &Json) -> Option<String> {
     let named = |name: &str| entry.as_array()?.iter().find(|t| t["name"] == name)?["template"].as_str();
     entry.as_str().or_else(|| named("default")).map(str::to_owned)
-}
-
-impl ChatTemplate {
-    pub(crate) fn compile(source: String, bos: String, eos: String) -> Result<Self, String> {
-        with_stack(|| Self::compile_here(source, bos, eos))
-    }
-
-    fn compile_here(source: String, bos: String, eos: String) -> Result<Self, String> {
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|e| e.to_string())?);
-        environment.set_unknown_method_callback(python_method);
-        environment.set_recursion_limit(RECURSION);
-        environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_template_owned(TEMPLATE, source.clone()).map_err(|e| e.to_string())?;
-        Ok(ChatTemplate { environment, source, bos, eos })
-    }
-
-    pub(crate) fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, String> {
-        let bytes: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
-        let mut environment = self.environment.clone();
-        environment.set_fuel(Some(FUEL + (messages.len() * FUEL_PER_MESSAGE + bytes) as u64));
-        let template = environment.get_template(TEMPLATE).map_err(|e| e.to_string())?;
-        let pair = |m: &Message| Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())]);
-        let context = minijinja::context! {
-            messages => messages.iter().map(pair).collect::<Vec<Value>>(),
-            add_generation_prompt => add_generation_prompt,
-            bos_token => self.bos.as_str(),
-            eos_token => self.eos.as_str(),
-        };
-        with_stack(|| template.render(context)).map_err(|e| e.to_string())
-    }
-}
-
-/// Runs `work` with room on the stack for whatever nesting the template library allows: more than a worker thread has.
-fn with_stack<T>(work: impl FnOnce() -> T) -> T {
-    stacker::maybe_grow(ROOM, STACK, work)
-}
-
-/// Methods of Python's strings and dicts that chat templates call.
-fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, minijinja::Error> {
-    let unknown = || minijinja::Error::new(ErrorKind::UnknownMethod, format!("`{method}` is not supported"));
-    if let Some(text) = value.as_str() {
-        let argument = args.first().and_then(Value::as_str);
-        let set: Vec<char> = argument.unwrap_or_default().chars().collect();
-        let cut = |c: char| if argument.is_some() { set.contains(&c) } else { c.is_whitespace() };
-        return Ok(match (method, argument) {
-            ("strip", _) => Value::from(text.trim_matches(cut)),
-            ("lstrip", _) => Value::from(text.trim_start_matches(cut)),
-            ("rstrip", _) => Value::from(text.trim_end_matches(cut)),
-            ("upper", _) => Value::from(text.to_uppercase()),
-            ("lower", _) => Value::from(text.to_lowercase()),
-            ("startswith", Some(prefix)) => Value::from(text.starts_with(prefix)),
-            ("endswith", Some(suffix)) => Value::from(text.ends_with(suffix)),
-            ("split", Some(separator)) if args.len() == 1 && !separator.is_empty() => {
-                state.consume_fuel(text.matches(separator).count() as u64)?;
-                Value::from(text.split(separator).map(str::to_owned).collect::<Vec<_>>())
-            }
-            ("replace", Some(from)) => match args.get(1).and_then(Value::as_str) {
-                Some(to) => {
-                    // Paid before it is made: the result may be as long as the product of both.
-                    let made = text.matches(from).count().saturating_mul(to.len()) + text.len();
-                    state.consume_fuel(made as u64 / 64)?;
-                    Value::from(text.replace(from, to))
-                }
-                None => return Err(unknown()),
-            },
-            _ => return Err(unknown()),
-        });
-    }
-    match (value.kind(), method) {
-        (ValueKind::Map, "items") => state.apply_filter("items", std::slice::from_ref(value)),
-        (ValueKind::Map, "get") => {
-            let key = args.first().ok_or_else(unknown)?;
-            let found = value.get_item(key)?;
-            Ok(if found.is_undefined() { args.get(1).cloned().unwrap_or(Value::from(())) } else { found })
-        }
-        _ => Err(unknown()),
-    }
 }
 
 /// Puts `mark` into every place of a message's text where a special token is written, ends or begins.

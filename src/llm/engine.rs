@@ -35,6 +35,8 @@ pub trait Engine: Send + Sync {
     fn config(&self) -> &LlamaConfig;
     /// Bytes that it takes at most.
     fn memory(&self) -> Memory;
+    /// See [`super::Llm::forget`].
+    fn forget(&self);
     /// See [`super::Llm::label_logprobs`].
     fn label_logprobs(
         &self,
@@ -145,6 +147,12 @@ impl<D: Decoder> Engine for Local<D> {
         Memory::bound(&self.decoder, &self.options)
     }
 
+    fn forget(&self) {
+        let mut tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
+        tree.set_budget(0);
+        tree.set_budget(self.options.kv_bytes);
+    }
+
     fn label_logprobs(
         &self,
         prompts: &[Vec<u32>],
@@ -218,7 +226,7 @@ impl<D: Decoder> Engine for Local<D> {
             request.candidates.iter().try_for_each(|c| check_ids(config, "candidates", c))?;
             request.leads.iter().try_for_each(|l| check_ids(config, "leads", l))?;
             let mut writer = Writer::new(request);
-            match writer.to_next_choice() {
+            match writer.next_choice() {
                 // Nothing to choose: the order is known.
                 None => {
                     out[r] = writer.finish();

@@ -20,10 +20,11 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::Value as Json;
 
 use super::bytes::FileBytes;
-use super::chat::{ChatTemplate, ChatTokenizer, Message};
+use super::chat::{ChatTokenizer, Message};
 use super::config::LlamaConfig;
 use super::gguf::Gguf;
 use super::safetensors::Checkpoint;
+use super::template::ChatTemplate;
 use super::tokenizer::Tokenizer;
 use super::weights::Weights;
 use crate::error::Result;
@@ -496,7 +497,7 @@ fn chat_templates() {
         "{% if true %}",
         "{% endif %}",
         "{% set x = x ~ x %}",
-        "{{ x * 1000000000 }}",
+        "{{ 'x' * 1000000000 }}",
         "{% macro f(a) %}",
         "{% endmacro %}",
         "{{ f(f) }}",
@@ -508,7 +509,6 @@ fn chat_templates() {
         "|tojson",
         "|indent(1000000)",
         "'%1000000000d'|format(1)",
-        "[messages] * 99999999",
         "namespace(x=x)",
         "loop(messages)",
         "recursive",
@@ -518,7 +518,13 @@ fn chat_templates() {
         "messages[::-1]",
         "1/0",
         "2**999",
+        "{% set ns.x = ns %}",
+        "{% set ns = namespace() %}",
+        "{{ ns }}",
+        "{% for i in range(9999) %}",
     ];
+    // Not among the words: what makes long lists. Joined to text with `~` they are printed before they are paid for, which
+    // the library leaves open (docs/reliability.md).
     fuzz(
         "chat-template",
         &seeds,

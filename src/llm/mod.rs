@@ -32,6 +32,7 @@ pub mod safetensors;
 pub mod scheduler;
 pub mod scoring;
 pub mod serve;
+pub mod template;
 pub mod tokenizer;
 pub mod trie;
 pub mod tune;
@@ -182,6 +183,11 @@ impl Llm {
     /// size aside, a call takes no more than this.
     pub fn memory(&self) -> Memory {
         self.engine.memory()
+    }
+
+    /// Drops the keys and values of beginnings that earlier calls computed. Results do not depend on it.
+    pub fn forget(&self) {
+        self.engine.forget();
     }
 
     /// Log-probabilities of one-token labels after prompts: `prompts` `[n]` of token ids, `labels`

@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::config::LlamaConfig;
-use super::cpu::linear::Precision;
+use super::cpu::{self, linear::Precision};
 use super::decoder::{Decoder, PassSize};
 
 /// Type of the weights and of what passes between layers, on devices that have the choice.
@@ -63,15 +63,29 @@ impl Memory {
     /// Keys and values are counted as the budget (or one whole sequence, where that is more), and on top of it
     /// twice a batch: what a batch makes, and the copy that is taken where a known beginning is divided.
     pub fn bound<D: Decoder>(decoder: &D, options: &LlmOptions) -> Self {
-        let config: &LlamaConfig = decoder.config();
         let batch = options.batch_tokens.unwrap_or(decoder.batch_tokens()).max(1);
-        let token = decoder.token_bytes();
+        let pass = |size| decoder.pass_bytes(size);
+        Self::of(decoder.config(), options, decoder.weight_bytes(), decoder.token_bytes(), batch, &pass)
+    }
+
+    /// The bound for a model of this shape on the CPU, before its weights are read: as if all became f32.
+    pub fn before_loading(config: &LlamaConfig, options: &LlmOptions) -> Self {
+        let batch = options.batch_tokens.unwrap_or(cpu::BATCH_TOKENS).max(1);
+        let pass = |size| cpu::pass_bytes(config, size);
+        Self::of(config, options, cpu::most_weight_bytes(config), cpu::token_bytes(config), batch, &pass)
+    }
+
+    fn of(
+        config: &LlamaConfig,
+        options: &LlmOptions,
+        weights: usize,
+        token: usize,
+        batch: usize,
+        pass: &dyn Fn(PassSize) -> usize,
+    ) -> Self {
         let held = options.kv_bytes.max(config.context * token);
-        Memory {
-            weights: decoder.weight_bytes(),
-            kv: held + 2 * batch * token,
-            pass: decoder.pass_bytes(PassSize { tokens: batch, seen: config.context, past: held / token.max(1) }),
-        }
+        let size = PassSize { tokens: batch, seen: config.context, past: held / token.max(1) };
+        Memory { weights, kv: held + 2 * batch * token, pass: pass(size) }
     }
 }
 

@@ -158,10 +158,11 @@ impl Weights {
 
     fn check(&self) -> Result<()> {
         let fault = |what: String| Error::data(format!("{}: {what}", self.path.display()));
-        let expected = tensors(&self.config);
-        for TensorName { hf: name, shape, .. } in &expected {
+        let mut expected = Vec::new();
+        for tensor in tensors(&self.config) {
+            let TensorName { hf: name, shape, .. } = &tensor;
             match self.shape(name) {
-                Some(found) if found == *shape => {}
+                Some(found) if found == *shape => expected.push(tensor),
                 Some(found) => {
                     return Err(fault(format!(
                         "the tensor `{name}` has the sizes {found:?}, but the model's configuration makes it {shape:?}"

@@ -42,13 +42,20 @@ fn run(world: &World, code: i32, args: &[&str]) -> (serde_json::Value, Output) {
     (serde_json::from_str(out.lines().last().unwrap()).unwrap(), output)
 }
 
-/// (source, reason) -> users, over the published table.
+/// (source, reason) -> users, over the published table. Single items without a title are no matter here.
 fn ends(world: &World) -> BTreeMap<(String, String), i64> {
     let rows = world.sql(
-        "select source, coalesce(reason, '') reason, count(distinct user_id) n from recommendations group by 1, 2",
+        "select source, coalesce(reason, '') reason, count(distinct user_id) n from recommendations \
+         where coalesce(reason, '') <> 'no_title' group by 1, 2",
     );
     let text = |v: &serde_json::Value| v.as_str().unwrap().to_owned();
     rows.iter().map(|r| ((text(&r["source"]), text(&r["reason"])), r["n"].as_i64().unwrap())).collect()
+}
+
+/// Rows of a question about a pipeline run with these settings.
+fn ask(world: &World, settings: &[&str], query: &str) -> Vec<serde_json::Value> {
+    let args = [&["sql", "-p", "pipeline.toml", "--format", "json"], settings, &[query]].concat();
+    serde_json::from_str(&world.expect(0, &args).0).unwrap()
 }
 
 fn files_below(folder: &std::path::Path, found: &mut Vec<std::path::PathBuf>) {
@@ -182,9 +189,10 @@ fn a_killed_run_goes_on_where_it_was() {
     let before = server.requests();
     let (document, _) = run(&world, 0, &[]);
     let counters = &stage(&document, "rerank")["counters"];
-    // One segment had been written.
-    assert_eq!((&counters["prompts_reused"], &counters["users_asked"]), (&16.into(), &USERS.into()), "{counters}");
-    assert_eq!(server.requests() - before, USERS - 16);
+    // One segment of 16 had been written, or more where the machine is slow.
+    let kept = counters["prompts_reused"].as_u64().unwrap() as usize;
+    assert!(kept >= 16 && counters["users_asked"] == USERS, "{counters}");
+    assert_eq!(server.requests() - before, USERS - kept);
     let rows = world.sql("select count(*) n, count(distinct prompt_digest) d from ledger where llm_model = 'openai:m'");
     assert_eq!((&rows[0]["n"], &rows[0]["d"]), (&USERS.into(), &USERS.into()));
     // The same table as without the kill.
@@ -222,8 +230,11 @@ fn an_order_is_kept_while_the_user_does_nothing() {
     );
     assert!(joined[0]["n"].as_i64().unwrap() > 0);
     // Everything is on the shortlist, once.
-    let twice =
-        world.sql("select user_id, item_id, count(*) n from \"fused\".\"shortlist\" group by 1, 2 having count(*) > 1");
+    let twice = ask(
+        &world,
+        &other,
+        "select user_id, item_id, count(*) n from \"fused\".\"shortlist\" group by 1, 2 having count(*) > 1",
+    );
     assert!(twice.is_empty());
 }
 
@@ -252,12 +263,16 @@ fn hostile_titles_cannot_leave_the_candidates() {
     );
     for style in ["titles", "letters"] {
         let set = format!("prompts.candidate_style={style}");
-        let (document, _) = run(&world, 0, &["--set", "rerank.mode=generate", "--set", &set]);
+        let settings = ["--set", "rerank.mode=generate", "--set", &set];
+        let (document, _) = run(&world, 0, &settings);
         assert_eq!(stage(&document, "rerank")["counters"]["users_failed"], 0);
-        let outside = world.sql(
-            "select count(*) n from rerank r left join shortlist s on r.user_id = s.user_id and r.item_id = s.item_id where s.item_id is null",
+        let outside = ask(
+            &world,
+            &settings,
+            "select count(*) n from rerank r left join shortlist s on r.user_id = s.user_id and r.item_id = s.item_id \
+             where s.item_id is null",
         );
-        let sizes = world.sql("select count(*) n, count(distinct item_id) d from rerank group by user_id");
+        let sizes = ask(&world, &settings, "select count(*) n, count(distinct item_id) d from rerank group by user_id");
         assert_eq!(outside[0]["n"], 0);
         assert!(sizes.len() == USERS && sizes.iter().all(|r| r["n"] == 8 && r["d"] == 8), "{sizes:?}");
     }
@@ -275,7 +290,8 @@ fn hostile_titles_cannot_leave_the_candidates() {
 fn permutations_are_averaged_and_their_bias_is_told() {
     let server = by_heart_server(None, 0);
     let world = with_server(&server.url(), "");
-    let (document, output) = run(&world, 0, &["--set", "prompts.permutations=3"]);
+    let settings = ["--set", "prompts.permutations=3"];
+    let (document, output) = run(&world, 0, &settings);
     let counters = &stage(&document, "rerank")["counters"];
     assert_eq!(
         (&counters["prompts"], &counters["order_bias_users"]),
@@ -284,7 +300,8 @@ fn permutations_are_averaged_and_their_bias_is_told() {
     );
     assert!(counters["order_bias_first_changed"].as_f64().unwrap() > 0.3, "{counters}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("another one came first"));
-    let rows = world.sql("select min(prompts) p, min(first_places) a, max(first_places) b from rerank.order_bias");
+    let query = "select min(prompts) p, min(first_places) a, max(first_places) b from rerank.order_bias";
+    let rows = ask(&world, &settings, query);
     assert_eq!(rows[0]["p"], 3);
     assert!(rows[0]["a"].as_i64().unwrap() >= 1 && rows[0]["b"].as_i64().unwrap() <= 3);
 }
@@ -294,10 +311,12 @@ fn the_modes_of_the_engine_in_this_process() {
     let world = World::new();
     for (mode, style) in [("generate", "titles"), ("generate", "letters"), ("rating", "titles")] {
         let (mode, style) = (format!("rerank.mode={mode}"), format!("prompts.candidate_style={style}"));
-        let document = world.run(&["pipeline.toml", "--set", &mode, "--set", &style]);
+        let settings = ["--set", &mode, "--set", &style];
+        let document = world.run(&[&["pipeline.toml"], &settings[..]].concat());
         assert_eq!(stage(&document, "rerank")["counters"]["users_asked"], 10, "{mode}");
-        let sizes = world.sql("select count(*) n, count(distinct llm_rank) d from rerank group by user_id");
-        assert!(!sizes.is_empty() || style.contains("titles"), "{mode} {style}");
+        let query = "select count(*) n, count(distinct llm_rank) d from rerank group by user_id";
+        let sizes = ask(&world, &settings, query);
+        assert!(sizes.len() == 10 && sizes.iter().all(|r| r["n"] == r["d"]), "{mode} {style}: {sizes:?}");
     }
     let modes = world.sql("select mode, count(*) n from ledger group by 1 order by 1");
     let modes: Vec<&str> = modes.iter().map(|m| m["mode"].as_str().unwrap()).collect();

@@ -44,17 +44,15 @@ impl Linear {
     /// # Errors
     /// Exit 65 where a tensor cannot be read or has a value that is not finite.
     pub fn pack(weights: &Weights, names: &[String], k: usize, isa: Isa, precision: Precision) -> Result<Self> {
-        let blocks = names.iter().map(|n| weights.blocks(n)).collect::<Result<Vec<Blocks<'_>>>>()?;
-        let quantised = blocks.iter().any(|b| b.block_type.block().0 > 1);
-        let integers = match precision {
-            Precision::Auto => isa == Isa::Avx512Vnni && quantised,
-            Precision::F32 => false,
-            Precision::Int16 | Precision::Int8 => true,
-        };
-        if integers && let Some(codes) = Codes::pack(&blocks, k, precision != Precision::Int8) {
-            return Ok(Linear::Codes(codes));
+        let mut integers = false;
+        if precision != Precision::F32 {
+            let blocks = names.iter().map(|n| weights.blocks(n)).collect::<Result<Vec<Blocks<'_>>>>()?;
+            let quantised = blocks.iter().any(|b| b.block_type.block().0 > 1);
+            integers = precision != Precision::Auto || (isa == Isa::Avx512Vnni && quantised);
+            if integers && let Some(codes) = Codes::pack(&blocks, k, precision != Precision::Int8) {
+                return Ok(Linear::Codes(codes));
+            }
         }
-        drop(blocks);
         // A value that is not finite is named here.
         let values = names.iter().map(|n| weights.values(n)).collect::<Result<Vec<_>>>()?;
         let values: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
@@ -107,6 +105,45 @@ impl Linear {
             Linear::Float(m) => m.multiply_panels(isa, a, panels, c),
             Linear::Codes(m) => m.multiply(isa, a, panels, c, false),
             Linear::Words(m) => m.multiply(a, panels, c, false),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+    use crate::llm::LlmOptions;
+    use crate::llm::cpu::CpuModel;
+    use crate::llm::engine::{Engine, Local};
+
+    fn logits(path: &Path, isa: Isa, precision: Precision) -> Vec<f32> {
+        let model = CpuModel::load_with(&Weights::open(path).unwrap(), isa, precision).unwrap();
+        Local::new(model, LlmOptions::default()).logits(&[1, 5, 9, 30, 2, 17]).unwrap()
+    }
+
+    /// Files of every block type, and folders of floats: 16 bits are nearer to f32 than 8 by far, and `Auto` is one of the two.
+    #[test]
+    fn every_stored_type_is_near_to_f32() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llm");
+        let files = std::fs::read_dir(golden.join("types")).unwrap().map(|f| f.unwrap().path());
+        let mut paths: Vec<PathBuf> = files.filter(|p| p.extension().is_some_and(|e| e == "gguf")).collect();
+        assert!(paths.len() >= 7, "{paths:?}");
+        paths.extend(["tiny", "tiny_untied", "qwen3", "llama2/model.gguf"].map(|p| golden.join(p)));
+        for path in paths {
+            let want = logits(&path, Isa::detect(), Precision::F32);
+            let deviation = want.iter().map(|v| v * v).sum::<f32>().sqrt() / (want.len() as f32).sqrt();
+            for isa in Isa::available() {
+                for (precision, tolerance) in
+                    [(Precision::Int16, 2e-3), (Precision::Auto, 2e-3), (Precision::Int8, 0.2)]
+                {
+                    let got = logits(&path, isa, precision);
+                    let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                    let name = path.display();
+                    assert!(worst <= tolerance * deviation, "{name} {isa:?} {precision:?}: {worst} of {deviation}");
+                }
+            }
         }
     }
 }

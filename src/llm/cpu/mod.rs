@@ -30,6 +30,9 @@ use crate::error::{Error, Result};
 /// that what a block makes between two products is not far. Half or a quarter costs one percent.
 const BLOCK_ROWS: usize = 168;
 
+/// Tokens of a batch.
+pub const BATCH_TOKENS: usize = 1536;
+
 /// Weights of one layer.
 struct Layer {
     /// `[hidden]`.
@@ -153,7 +156,7 @@ impl CpuModel {
 
     /// Width of a row of fused queries, keys and values.
     fn qkv_width(&self) -> usize {
-        (self.config.q_width() + 2 * self.config.kv_width()).div_ceil(LANES) * LANES
+        qkv_width(&self.config)
     }
 
     /// Rows of a block so that every thread has about the same number of them.
@@ -256,6 +259,44 @@ fn norm_heads(row: &mut [f32], weight: &[f32], eps: f32) {
     }
 }
 
+/// Width of a row of fused queries, keys and values.
+fn qkv_width(c: &LlamaConfig) -> usize {
+    (c.q_width() + 2 * c.kv_width()).next_multiple_of(LANES)
+}
+
+/// Bytes that the weights of a model take at most, in f32; where they stay integers, they take less.
+pub fn most_weight_bytes(c: &LlamaConfig) -> usize {
+    let packed = |columns: usize, k: usize| columns.next_multiple_of(LANES) * k;
+    let matrices = packed(qkv_width(c), c.hidden)
+        + packed(c.hidden, c.q_width())
+        + packed(2 * c.intermediate, c.hidden)
+        + packed(c.hidden, c.intermediate);
+    let vectors = 2 * c.hidden + qkv_width(c) + 2 * c.head_dim;
+    let embedding = if c.tied { 0 } else { c.vocab_size * c.hidden };
+    let tables = packed(c.vocab_size, c.hidden) + embedding + c.hidden + c.head_dim;
+    4 * (c.layers * (matrices + vectors) + tables)
+}
+
+/// Bytes that keys and values of a token take.
+pub fn token_bytes(c: &LlamaConfig) -> usize {
+    4 * 2 * c.layers * c.kv_width()
+}
+
+/// Bytes that one pass takes at most besides weights and segments.
+pub fn pass_bytes(c: &LlamaConfig, PassSize { tokens, seen, .. }: PassSize) -> usize {
+    let vocabulary = c.vocab_size.next_multiple_of(LANES);
+    let inner = 2 * c.intermediate + LANES;
+    let rows = tokens * (c.hidden + qkv_width(c) + c.q_width() + c.head_dim)
+        + tokens * (2 * c.hidden + c.q_width())
+        + head::ROWS * (2 * vocabulary + c.hidden)
+        + vocabulary;
+    // The last term: activations as integers, with their scales.
+    let block = BLOCK_ROWS * (2 * c.hidden + LANES + inner + c.intermediate + c.intermediate.max(c.q_width()));
+    let threads = rayon::current_num_threads().max(1);
+    // Besides: runs, reads and tasks, which are lists of a few words per token.
+    4 * rows + threads * (4 * block + attention::scratch_bytes(c, seen)) + 1024 * tokens
+}
+
 impl Decoder for CpuModel {
     type Segment = Segment;
 
@@ -264,7 +305,7 @@ impl Decoder for CpuModel {
     }
 
     fn batch_tokens(&self) -> usize {
-        1536
+        BATCH_TOKENS
     }
 
     fn weight_bytes(&self) -> usize {
@@ -272,21 +313,11 @@ impl Decoder for CpuModel {
     }
 
     fn token_bytes(&self) -> usize {
-        4 * 2 * self.config.layers * self.config.kv_width()
+        token_bytes(&self.config)
     }
 
-    fn pass_bytes(&self, PassSize { tokens, seen, .. }: PassSize) -> usize {
-        let c = &self.config;
-        let width = self.head.panels() * LANES;
-        let inner = 2 * c.intermediate + LANES;
-        let rows = tokens * (c.hidden + self.qkv_width() + c.q_width() + 2 * self.frequencies.len())
-            + tokens * (2 * c.hidden + c.q_width())
-            + head::ROWS * (2 * width + c.hidden)
-            + width;
-        let block = BLOCK_ROWS * (2 * c.hidden + LANES + inner + c.intermediate);
-        let threads = rayon::current_num_threads().max(1);
-        // Besides: runs, reads and tasks, which are lists of a few words per token.
-        4 * rows + threads * (4 * block + attention::scratch_bytes(c, seen)) + 1024 * tokens
+    fn pass_bytes(&self, size: PassSize) -> usize {
+        pass_bytes(&self.config, size)
     }
 
     fn slice(&self, segment: &Segment, from: usize, len: usize) -> Segment {

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use burn::backend::Flex;
+use burn::tensor::{Tensor, TensorData};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
@@ -16,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::interactions::Histories;
 use crate::llm::LlamaConfig;
 use crate::recommenders::optim::Params;
+use crate::recommenders::pairwise::host;
 use crate::recommenders::saved::{NamedTensor, Tensors};
 use crate::recommenders::{Embeddings, Factors, Scorer, product};
 
@@ -64,7 +66,7 @@ impl ItemScorer {
         model.scale = scale;
         params.set(tensors)?;
         let popularity = tensors.shaped(POPULARITY, &[n_items])?.to_vec();
-        let items: Vec<f32> = model.table(&params.constants()).into_data().to_vec().unwrap_or_default();
+        let items: Vec<f32> = host(model.table(&params.constants()));
         let mut table = Vec::with_capacity(n_items * (dim + 1));
         for (item, popularity) in items.chunks_exact(dim.max(1)).zip(&popularity) {
             table.extend_from_slice(item);
@@ -171,12 +173,12 @@ impl ItemScorer {
                 .flat_map(|&item| &self.items[item as usize * dim..][..dim])
                 .copied()
                 .collect();
-            let data = burn::tensor::TensorData::new(items, [lengths.iter().sum(), dim]);
-            let history = burn::tensor::Tensor::<Flex, 2>::from_data(data, &Default::default());
+            let data = TensorData::new(items, [lengths.iter().sum(), dim]);
+            let history = Tensor::<Flex, 2>::from_data(data, &Default::default());
             let states = self.model.states(&vars, history, &self.model.packed(&lengths), None);
             let mut end = 0u32;
             let last: Vec<u32> = lengths.iter().map(|&len| (end += len as u32, end - 1).1).collect();
-            let states: Vec<f32> = select(states, &last).into_data().to_vec().unwrap_or_default();
+            let states = host(select(states, &last));
             for (&n, state) in some.iter().zip(states.chunks_exact(dim)) {
                 out[n * dim..][..dim].copy_from_slice(state);
             }

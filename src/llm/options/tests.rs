@@ -117,6 +117,14 @@ fn memory_stays_within_the_bound() {
     let folder = tempfile::tempdir().unwrap();
     write_model(folder.path());
     let weights = Weights::open(folder.path()).unwrap();
+    let cpu = CpuModel::load(&weights, Isa::detect()).unwrap();
+    let (known, before) = {
+        let options = LlmOptions::default();
+        (Memory::bound(&cpu, &options), Memory::before_loading(weights.config(), &options))
+    };
+    assert!(known.weights <= before.weights && before.weights < known.weights * 21 / 20);
+    assert_eq!((known.kv, known.pass), (before.kv, before.pass));
+    drop(cpu);
     check("cpu", || CpuModel::load(&weights, Isa::detect()).unwrap(), 3);
     let burn = || -> BurnModel<burn::backend::Flex> {
         BurnModel::load(&weights, &Default::default(), Placement::default()).unwrap()

@@ -424,10 +424,10 @@ mod tests {
     }
 
     /// Any bytes in: no panic, one finite score per candidate or none, an order of exactly the candidates or none.
-    /// `TAILFUSE_FUZZ_INPUTS` sets how many; see the recipe `fuzz`.
+    /// `TAILFUSE_FUZZ` sets how many; see the recipe `fuzz`.
     #[test]
     fn fuzz_remote_answers() {
-        let inputs: u64 = std::env::var("TAILFUSE_FUZZ_INPUTS").ok().and_then(|n| n.parse().ok()).unwrap_or(3000);
+        let inputs: u64 = std::env::var("TAILFUSE_FUZZ").ok().and_then(|n| n.parse().ok()).unwrap_or(3000);
         let mut rng = ChaCha8Rng::seed_from_u64(20_241);
         let titles = ["Alien", "Aliens", "Brazil (1985)", "A. B", "1984"].map(str::to_owned);
         let (letters, places) = (['A', 'B', 'C', 'D', 'E'], [2u32, 1, 5, 4, 3]);

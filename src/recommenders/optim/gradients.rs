@@ -75,9 +75,10 @@ impl<B: AdamBackend> Params<B> {
         let norm = gradients.norm();
         // As torch's `clip_grad_norm_`.
         let scale = adam.clip_norm.map(|limit| limit / (norm + 1e-6)).filter(|scale| *scale < 1.0);
-        let step = adam.step(self.steps);
+        let steps = self.steps;
         for (param, gradient) in self.list.iter_mut().zip(gradients.0) {
             if let Some(gradient) = gradient {
+                let step = Adam { rate: adam.rate * param.rate, ..*adam }.step(steps);
                 let gradient = match scale {
                     None => gradient,
                     Some(scale) => gradient * scale as f32,

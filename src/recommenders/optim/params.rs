@@ -29,7 +29,7 @@ pub(super) struct Param<B: Backend> {
     value: Tensor<B, 1>,
     moments: Option<(Tensor<B, 1>, Tensor<B, 1>)>,
     /// Factor of the step size.
-    rate: f64,
+    pub(super) rate: f64,
 }
 
 /// The weights as a model reads them, with or without gradients.
@@ -397,6 +397,24 @@ mod tests {
         step(&mut resumed, t, w, 2);
         assert_eq!(resumed.state(), straight.state());
         assert!(resumed.restore(&Tensors::new(Vec::new())).is_err());
+    }
+
+    #[test]
+    fn a_weight_can_have_a_step_size_of_its_own() {
+        // Adam's first step is the step size, whatever the gradient.
+        let mut params = Params::<Flex>::new(&Default::default());
+        let t = params.add("t", &[2, 1], vec![1.0, 1.0]);
+        let w = params.add("w", &[1], vec![1.0]);
+        let v = params.add("v", &[1], vec![1.0]);
+        params.set_rate(t, 3.0);
+        params.set_rate(v, 0.0);
+        let vars = params.tracked();
+        let rows = vars.rows(t, &[0]).reshape([1]);
+        params.step(rows + vars.get::<1>(w) + vars.get::<1>(v), vars, &Adam::new(0.1));
+        let values: Vec<f32> = params.tensors().into_iter().flat_map(|t| t.values).collect();
+        for (got, want) in values.iter().zip([0.7, 1.0, 0.9, 1.0]) {
+            assert!((got - want).abs() < 1e-5, "{values:?}");
+        }
     }
 
     #[test]

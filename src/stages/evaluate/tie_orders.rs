@@ -90,7 +90,7 @@ impl Work {
     /// The table, and the number of draws that were kept from an earlier run.
     pub fn run(&self, interactions: &Table, artifact: &Artifact, history_at_test: &str) -> Result<(Table, usize)> {
         let card = crate::recommenders::saved::read_card(&artifact.files).map_err(|e| e.at("input `model`"))?;
-        let backbone = registry::find(&card.model)?;
+        let backbone = registry::find_saved(&card.model)?;
         if backbone.task == Task::Rating {
             return Err(Error::spec(format!(
                 "`tie_orders` is for models that rank items, and `{}` does not",

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::config::Budget;
-use crate::llm::options::LlmOptions;
+use crate::llm::options::{LlmOptions, Memory};
 use crate::llm::weights::Weights;
 use crate::stages::context::Estimate;
 
@@ -26,14 +26,10 @@ pub(super) fn asked(budget: Budget, prompts: Option<&Map<String, Value>>) -> Est
     Estimate { users: Some(users), prompts: Some(share(written)), tokens: Some(tokens), memory_bytes: None }
 }
 
-/// Bytes of a model in this process: its weights in f32, keys and values within their budget. `None` where the file is not
-/// here yet, or is none.
+/// Bytes that a model takes in this process at most. `None` where the file is not here yet, or is none.
 pub(super) fn memory(path: &Path) -> Option<u64> {
     let weights = Weights::open(path).ok()?;
-    let config = weights.config();
-    let token = 8 * config.layers * config.kv_width();
-    let kv = LlmOptions::default().kv_bytes.max(config.context * token);
-    Some((4 * config.parameters() + kv) as u64)
+    Some(Memory::before_loading(weights.config(), &LlmOptions::default()).total() as u64)
 }
 
 #[cfg(test)]
