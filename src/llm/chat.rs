@@ -229,12 +229,12 @@ impl ChatTokenizer {
         });
         let mut files = vec![("tokenizer.json", tokenizer.to_json()?)];
         if let Some(template) = &self.template {
-            for (key, token) in [("bos_token", &template.bos), ("eos_token", &template.eos)] {
+            for (key, token) in ["bos_token", "eos_token"].into_iter().zip(template.bos_and_eos()) {
                 if !token.is_empty() {
-                    settings[key] = Json::String(token.clone());
+                    settings[key] = Json::String(token.to_owned());
                 }
             }
-            files.push(("chat_template.jinja", template.source.clone()));
+            files.push(("chat_template.jinja", template.source().to_owned()));
         }
         files.push(("tokenizer_config.json", format!("{settings:#}")));
         Ok(files)
