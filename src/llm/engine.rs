@@ -226,7 +226,7 @@ impl<D: Decoder> Engine for Local<D> {
             request.candidates.iter().try_for_each(|c| check_ids(config, "candidates", c))?;
             request.leads.iter().try_for_each(|l| check_ids(config, "leads", l))?;
             let mut writer = Writer::new(request);
-            match writer.to_next_choice() {
+            match writer.next_choice() {
                 // Nothing to choose: the order is known.
                 None => {
                     out[r] = writer.finish();

@@ -497,7 +497,7 @@ fn chat_templates() {
         "{% if true %}",
         "{% endif %}",
         "{% set x = x ~ x %}",
-        "{{ x * 1000000000 }}",
+        "{{ 'x' * 1000000000 }}",
         "{% macro f(a) %}",
         "{% endmacro %}",
         "{{ f(f) }}",
@@ -509,7 +509,6 @@ fn chat_templates() {
         "|tojson",
         "|indent(1000000)",
         "'%1000000000d'|format(1)",
-        "[messages] * 99999999",
         "namespace(x=x)",
         "loop(messages)",
         "recursive",
@@ -520,11 +519,12 @@ fn chat_templates() {
         "1/0",
         "2**999",
         "{% set ns.x = ns %}",
-        "{% set ns.x = [ns.x] %}",
         "{% set ns = namespace() %}",
         "{{ ns }}",
         "{% for i in range(9999) %}",
     ];
+    // Not among the words: what makes long lists. Joined to text with `~` they are printed before they are paid for, which
+    // the library leaves open (docs/reliability.md).
     fuzz(
         "chat-template",
         &seeds,

@@ -69,10 +69,13 @@ pub struct BurnModel<B: Backend> {
     head: Tensor<B, 2>,
 }
 
+/// Keys and values of a layer.
+type Kv<B> = (Tensor<B, 2>, Tensor<B, 2>);
+
 /// Keys and values of consecutive tokens, per layer `[len, kv_width]` each.
 pub struct Segment<B: Backend> {
     len: usize,
-    layers: Vec<(Tensor<B, 2>, Tensor<B, 2>)>,
+    layers: Vec<Kv<B>>,
 }
 
 /// What all layers of one pass share.
@@ -227,7 +230,7 @@ impl<B: Backend> BurnModel<B> {
             let k = self.heads(normed.clone().matmul(layer.key.clone()), 1, layer, &pass);
             let v = self.operand(self.biased(normed.matmul(layer.value.clone()), 2, layer));
             keep(&k, &v);
-            let with_past = |fresh: Tensor<B, 2>, which: fn(&(Tensor<B, 2>, Tensor<B, 2>)) -> &Tensor<B, 2>| {
+            let with_past = |fresh: Tensor<B, 2>, which: fn(&Kv<B>) -> &Tensor<B, 2>| {
                 if past.is_empty() {
                     return fresh;
                 }

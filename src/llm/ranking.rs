@@ -83,7 +83,7 @@ impl Writer {
     }
 
     /// The tokens up to the next choice, and the choice; `None` when the list is complete.
-    pub(super) fn to_next_choice(&mut self) -> Option<(Vec<u32>, Vec<u32>)> {
+    pub(super) fn next_choice(&mut self) -> Option<(Vec<u32>, Vec<u32>)> {
         let mut ids = Vec::new();
         if self.ranked.order.is_empty() && self.allowed.is_empty() {
             ids.extend(self.leads.first().into_iter().flatten());
@@ -139,7 +139,7 @@ impl Plan for Ranking<'_> {
 
     fn next(&mut self, job: usize) -> Option<More> {
         let mut ids = vec![self.chosen[job].take()?];
-        let (forced, allowed) = self.writers[job].to_next_choice()?;
+        let (forced, allowed) = self.writers[job].next_choice()?;
         ids.extend(forced);
         Some(More { ids, wanted: Wanted::Logits(allowed) })
     }
@@ -157,7 +157,7 @@ mod tests {
     fn write(request: &RankRequest, prefer: &[u32]) -> (Vec<u32>, Ranked) {
         let mut writer = Writer::new(request);
         let mut text = Vec::new();
-        while let Some((forced, allowed)) = writer.to_next_choice() {
+        while let Some((forced, allowed)) = writer.next_choice() {
             text.extend(forced);
             let logits: Vec<f32> = allowed.iter().map(|a| if prefer.contains(a) { 1.0 } else { 0.0 }).collect();
             text.push(writer.choose(&logits));

@@ -77,11 +77,11 @@ pub struct TensorName {
     pub shape: Vec<usize>,
 }
 
-/// Which of the sizes of a configuration a tensor of a layer has.
-type Shape = fn(&LlamaConfig) -> Vec<usize>;
+/// A tensor of a layer: its name in a Hugging Face folder and in a GGUF file, which models have it, its sizes.
+type LayerTensor = (&'static str, &'static str, fn(&LlamaConfig) -> bool, fn(&LlamaConfig) -> Vec<usize>);
 
 /// Names of a layer's tensors in both worlds (llama.cpp, `gguf-py/gguf/tensor_mapping.py`), which families have them, sizes.
-const LAYER: &[(&str, &str, fn(&LlamaConfig) -> bool, Shape)] = &[
+const LAYER: &[LayerTensor] = &[
     ("input_layernorm.weight", "attn_norm.weight", |_| true, |c| vec![c.hidden]),
     ("self_attn.q_proj.weight", "attn_q.weight", |_| true, |c| vec![c.q_width(), c.hidden]),
     ("self_attn.k_proj.weight", "attn_k.weight", |_| true, |c| vec![c.kv_width(), c.hidden]),
@@ -141,9 +141,8 @@ pub(crate) mod tests {
     use super::*;
     use crate::llm::cpu::CpuModel;
     use crate::llm::cpu::kernels::Isa;
-    use crate::llm::engine::{Engine, Local};
-    use crate::llm::model::{BurnModel, Placement};
-    use crate::llm::options::LlmOptions;
+    use crate::llm::engine::Engine;
+    use crate::llm::model::BurnModel;
     use crate::llm::rope::RopeScaling;
     use crate::llm::weights::Weights;
 
@@ -175,10 +174,8 @@ pub(crate) mod tests {
     /// The largest distance to the logits of `golden.json` (or of an entry of it), by both decoders.
     pub(crate) fn worst(path: &Path, want: &Json) -> f64 {
         let weights = Weights::open(path).unwrap();
-        let cpu = Local::new(CpuModel::load(&weights, Isa::detect()).unwrap(), LlmOptions::default());
-        let placement = Placement { half: false, gpu: false };
-        let burn = BurnModel::<burn::backend::Flex>::load(&weights, &Default::default(), placement).unwrap();
-        let burn = Local::new(burn, LlmOptions::default());
+        let cpu = CpuModel::load(&weights, Isa::detect()).unwrap();
+        let burn = BurnModel::<burn::backend::Flex>::load(&weights, &Default::default()).unwrap();
         let ids: Vec<u32> = serde_json::from_value(want["ids"].clone()).unwrap();
         let rows: Vec<Vec<f64>> = serde_json::from_value(want["logits"].clone()).unwrap();
         let positions: Vec<usize> = serde_json::from_value(want["positions"].clone()).unwrap();
@@ -223,7 +220,7 @@ pub(crate) mod tests {
             let want: Json = serde_json::from_slice(&std::fs::read(golden(case).join("golden.json")).unwrap()).unwrap();
             let mut weights = Weights::open(&golden(case)).unwrap();
             spoil(weights.config_mut());
-            let model = Local::new(CpuModel::load(&weights, Isa::detect()).unwrap(), LlmOptions::default());
+            let model = CpuModel::load(&weights, Isa::detect()).unwrap();
             let ids: Vec<u32> = serde_json::from_value(want["ids"].clone()).unwrap();
             let got = model.logits(&ids).unwrap();
             let row: Vec<f64> =

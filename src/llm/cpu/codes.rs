@@ -154,7 +154,7 @@ impl Codes {
         if zero.is_some() {
             minima = Vec::new();
         }
-        finite.then(|| Codes { k, columns: rows.len(), wide, zero, codes, scales, minima })
+        finite.then_some(Codes { k, columns: rows.len(), wide, zero, codes, scales, minima })
     }
 
     /// Length of a sum.

@@ -205,29 +205,28 @@ mod avx2 {
                     }
                     for q in 0..4 {
                         let w = _mm256_cvtepu8_epi16(_mm_load_si128(codes.add(quad * 64 + q * 16).cast()));
-                        for r in 0..ROWS {
-                            sums[r][q] = _mm256_add_epi32(sums[r][q], _mm256_madd_epi16(w, a[r]));
+                        for (sums, a) in sums.iter_mut().zip(&a) {
+                            sums[q] = _mm256_add_epi32(sums[q], _mm256_madd_epi16(w, *a));
                         }
                     }
                 }
-                for r in 0..ROWS {
+                for (r, (total, sums)) in total.iter_mut().zip(&sums).enumerate() {
                     let of_row = (first + block) * TILE + r;
                     let scale = _mm256_set1_ps(*p.row_scales.add(of_row));
                     let sum = *p.row_sums.add(of_row);
-                    for half in 0..2 {
+                    for (half, t) in total.iter_mut().enumerate() {
                         // Sums of pairs become sums, and come back into the order of the columns.
-                        let s = _mm256_hadd_epi32(sums[r][2 * half], sums[r][2 * half + 1]);
+                        let s = _mm256_hadd_epi32(sums[2 * half], sums[2 * half + 1]);
                         let mut s = _mm256_permute4x64_epi64::<0b11_01_10_00>(s);
                         if p.minima.is_null() {
                             s = _mm256_add_epi32(s, _mm256_set1_epi32(sum as i32));
                         }
                         let d = _mm256_mul_ps(_mm256_loadu_ps(p.scales.add(at + 8 * half)), scale);
-                        let mut t = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), d, total[r][half]);
+                        *t = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), d, *t);
                         if !p.minima.is_null() {
                             let m = _mm256_loadu_ps(p.minima.add(at + 8 * half));
-                            t = _mm256_fmadd_ps(m, _mm256_set1_ps(f32::from_bits(sum)), t);
+                            *t = _mm256_fmadd_ps(m, _mm256_set1_ps(f32::from_bits(sum)), *t);
                         }
-                        total[r][half] = t;
                     }
                 }
             }
@@ -317,9 +316,9 @@ mod vnni {
                     }
                 }
                 let d = _mm512_load_ps(scales);
-                for r in 0..ROWS {
+                for (r, (t, s)) in total.iter_mut().zip(&sums).enumerate() {
                     let scale = _mm512_mul_ps(d, _mm512_set1_ps(*row_scales.add(r)));
-                    total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), scale, total[r]);
+                    *t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*s), scale, *t);
                 }
                 weights = weights.add(BLOCK * LANES * 2);
                 scales = scales.add(LANES);
@@ -373,18 +372,18 @@ mod vnni {
                 let d = _mm512_load_ps(scales);
                 if affine {
                     let m = _mm512_load_ps(minima);
-                    for r in 0..ROWS {
+                    for (r, (t, s)) in total.iter_mut().zip(&sums).enumerate() {
                         let scale = _mm512_mul_ps(d, _mm512_set1_ps(*row_scales.add(r)));
-                        total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), scale, total[r]);
+                        *t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(*s), scale, *t);
                         let sum = _mm512_set1_ps(f32::from_bits(*row_sums.add(r)));
-                        total[r] = _mm512_fmadd_ps(m, sum, total[r]);
+                        *t = _mm512_fmadd_ps(m, sum, *t);
                     }
                     minima = minima.add(LANES);
                 } else {
-                    for r in 0..ROWS {
+                    for (r, (t, s)) in total.iter_mut().zip(&sums).enumerate() {
                         let scale = _mm512_mul_ps(d, _mm512_set1_ps(*row_scales.add(r)));
-                        let s = _mm512_add_epi32(sums[r], _mm512_set1_epi32(*row_sums.add(r) as i32));
-                        total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), scale, total[r]);
+                        let s = _mm512_add_epi32(*s, _mm512_set1_epi32(*row_sums.add(r) as i32));
+                        *t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), scale, *t);
                     }
                 }
                 codes = codes.add(BLOCK * LANES);

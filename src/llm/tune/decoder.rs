@@ -61,6 +61,9 @@ struct Layer {
     head_norms: Option<[ParamId; 2]>,
 }
 
+/// Gives the values of a tensor, by its name and shape.
+pub type MakeWeights<'a> = &'a mut dyn FnMut(&str, &[usize]) -> Result<Vec<f32>>;
+
 /// The weights that a pass reads.
 #[derive(Clone, Copy)]
 pub struct Reads<'a, B: Backend> {
@@ -121,7 +124,7 @@ impl Decoder {
         config: &LlamaConfig,
         parts: Parts,
         params: &mut Params<B>,
-        make: &mut dyn FnMut(&str, &[usize]) -> Result<Vec<f32>>,
+        make: MakeWeights<'_>,
     ) -> Result<Self> {
         let mut config = config.clone();
         if let Some(layers) = parts.layers {
