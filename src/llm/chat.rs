@@ -229,7 +229,7 @@ impl ChatTokenizer {
         });
         let mut files = vec![("tokenizer.json", tokenizer.to_json()?)];
         if let Some(template) = &self.template {
-            for (key, token) in ["bos_token", "eos_token"].into_iter().zip(template.ends()) {
+            for (key, token) in ["bos_token", "eos_token"].into_iter().zip(template.bos_and_eos()) {
                 if !token.is_empty() {
                     settings[key] = Json::String(token.to_owned());
                 }

@@ -50,14 +50,14 @@ impl ChatTemplate {
         stacker::grow(COMPILE_STACK, || Self::compile_here(source, bos, eos))
     }
 
+    /// The texts of the tokens that begin and end a text; empty where the model has none.
+    pub fn bos_and_eos(&self) -> [&str; 2] {
+        [&self.bos, &self.eos]
+    }
+
     /// The template as it was written.
     pub fn source(&self) -> &str {
         &self.source
-    }
-
-    /// How it writes the tokens that begin and end a text; empty where the model has none.
-    pub fn ends(&self) -> [&str; 2] {
-        [&self.bos, &self.eos]
     }
 
     fn compile_here(source: String, bos: String, eos: String) -> Result<Self, String> {

@@ -138,5 +138,5 @@ pub fn all_tensors(weights: &Weights) -> Result<Vec<NamedTensor>> {
         let values = weights.values(&t.hf)?;
         Ok(NamedTensor { name: t.hf, shape: t.shape, values })
     };
-    tensors(weights.config()).into_iter().map(read).collect()
+    tensors(weights.config()).map(read).collect()
 }
