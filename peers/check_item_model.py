@@ -1,10 +1,12 @@
 """Scores of a fitted item model (`train_items`) by transformers, beside those that `recommend` gave.
 
     python peers/check_item_model.py --model FOLDER --history HISTORY.parquet --list SHORTLIST.parquet [--users 20]
+                                     [--golden FILE]
 
 FOLDER holds `model.json` and `model.safetensors` (the stage's artifact). The layers run in `LlamaModel` (or the model's own
 class) over `inputs_embeds`; nothing of tailfuse is used. Prints the greatest difference of a score, and exits with 1 above
-1e-3 of the scores' deviation. Needs torch, transformers, safetensors, pyarrow, numpy.
+1e-3 of the scores' deviation. `--golden` keeps histories and scores of all items, by index: tests/golden/llm/item is a model of two
+layers over 40 invented titles, fitted by `train_items` as in tests/it/item_mode.rs. Needs torch, transformers, safetensors, pyarrow, numpy.
 """
 
 import argparse
@@ -35,6 +37,7 @@ def main():
     parser.add_argument("--history", type=pathlib.Path, required=True)
     parser.add_argument("--list", type=pathlib.Path, required=True)
     parser.add_argument("--users", type=int, default=20)
+    parser.add_argument("--golden", type=pathlib.Path)
     args = parser.parse_args()
 
     card = json.loads((args.model / "model.json").read_text())["hyper"]
@@ -54,16 +57,19 @@ def main():
     history = history.sort_values(["user_id", "position"], kind="stable")
     shortlist = pq.read_table(args.list).to_pandas()
 
-    worst, deviation = 0.0, []
+    worst, deviation, golden = 0.0, [], []
     for user in sorted(shortlist["user_id"].unique())[: args.users]:
         read = [places[i] for i in history[history["user_id"] == user]["item_id"]][-card["max_len"] :]
         with torch.no_grad():
             state = model(inputs_embeds=table[read][None]).last_hidden_state[0, -1] * card["scale"]
         scores = (table @ state).numpy()
+        golden.append({"history": read, "scores": [float(f"{x:.7g}") for x in scores]})
         rows = shortlist[shortlist["user_id"] == user]
         want = scores[[places[i] for i in rows["item_id"]]]
         worst = max(worst, float(np.abs(want - rows["rec_score"].to_numpy()).max()))
         deviation.append(float(scores.std()))
+    if args.golden:
+        args.golden.write_text(json.dumps(golden))
     share = worst / float(np.mean(deviation))
     print(f"{len(deviation)} users: greatest difference {worst:.2e}, {share:.1e} of a row's deviation")
     sys.exit(share > 1e-3)

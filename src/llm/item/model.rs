@@ -71,8 +71,8 @@ impl ItemModel {
         let mut learned = vec![1f32; n_items];
         let (decoder, norm) = match source {
             Source::Saved(config) => {
-                let zeros = |_: &str, shape: &[usize]| Ok(vec![0f32; shape.iter().product()]);
-                (Decoder::build(config, parts, params, &mut { zeros })?, 1.0)
+                let mut zeros = |_: &str, shape: &[usize]| Ok(vec![0f32; shape.iter().product()]);
+                (Decoder::build(config, parts, params, &mut zeros)?, 1.0)
             }
             Source::Fresh(weights, rng, warm) => {
                 for (item, row) in residuals.chunks_exact_mut(dim.max(1)).enumerate() {

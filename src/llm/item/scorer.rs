@@ -162,8 +162,11 @@ impl ItemScorer {
         let vars = self.params.constants();
         let mut rest = order.as_slice();
         while !rest.is_empty() {
-            let mut positions = 0;
-            let n = rest.iter().take_while(|&&n| (positions, positions += read(n).len()).0 < TOGETHER).count();
+            let (mut n, mut positions) = (0, 0);
+            while n < rest.len() && positions < TOGETHER {
+                positions += read(rest[n]).len();
+                n += 1;
+            }
             let (some, later) = rest.split_at(n);
             rest = later;
             let lengths: Vec<usize> = some.iter().map(|&n| read(n).len()).collect();
@@ -176,8 +179,12 @@ impl ItemScorer {
             let data = TensorData::new(items, [lengths.iter().sum(), dim]);
             let history = Tensor::<Flex, 2>::from_data(data, &Default::default());
             let states = self.model.states(&vars, history, &self.model.packed(&lengths), None);
-            let mut end = 0u32;
-            let last: Vec<u32> = lengths.iter().map(|&len| (end += len as u32, end - 1).1).collect();
+            let mut last = Vec::with_capacity(lengths.len());
+            let mut end = 0;
+            for len in &lengths {
+                end += len;
+                last.push(end as u32 - 1);
+            }
             let states = host(select(states, &last));
             for (&n, state) in some.iter().zip(states.chunks_exact(dim)) {
                 out[n * dim..][..dim].copy_from_slice(state);

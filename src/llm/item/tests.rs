@@ -195,6 +195,28 @@ fn what_a_user_gets_depends_neither_on_the_others_nor_on_saving() {
     assert_eq!(bad.err().unwrap().fault.exit_code(), 65);
 }
 
+/// `tests/golden/llm/item`: a model that `train_items` fitted, and its scores by transformers (`peers/check_item_model.py`).
+#[test]
+fn scores_are_those_of_transformers() {
+    let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/llm/item"));
+    let read = |name: &str| (name.to_owned(), Bytes::from(std::fs::read(folder.join(name)).unwrap()));
+    let files = BTreeMap::from([read("model.json"), read("model.safetensors")]);
+    let model = crate::recommenders::saved::TrainedModel::from_files(&files).unwrap();
+    let golden: serde_json::Value = serde_json::from_slice(&read("golden.json").1).unwrap();
+    let rows = golden.as_array().unwrap();
+    assert!(rows.len() >= 5);
+    for row in rows {
+        let history: Vec<u32> = serde_json::from_value(row["history"].clone()).unwrap();
+        let want: Vec<f32> = serde_json::from_value(row["scores"].clone()).unwrap();
+        let pairs: Vec<(u32, u32)> = history.iter().map(|&item| (3, item)).collect();
+        let mut got = vec![0f32; want.len()];
+        model.scorer.score(&[3], &Histories::from_pairs(model.users.len(), &pairs), &mut got);
+        for (got, want) in got.iter().zip(&want) {
+            assert!((got - want).abs() < 1e-5, "{got} is not {want}");
+        }
+    }
+}
+
 #[test]
 fn titles_are_centred_and_scaled_over_those_there_are() {
     let table = TitleTable::standardised(2, vec![1.0, 5.0, 3.0, 5.0, 9.0, 9.0], vec![true, true, false], 0.5);
