@@ -265,13 +265,8 @@ fn llama_cpp_ranks_as_we_do_and_loses_nobody() {
         .iter()
         .map(|a| llm.chat().encode_chat(&[tailfuse::llm::Message::new("user", a.user.as_str())]).unwrap())
         .collect();
-    let labels = vec![
-        (0..5)
-            .map(|l| 33 + l)
-            .map(|c| llm.chat().encode_text(&char::from(32 + c).to_string())[0])
-            .collect::<Vec<u32>>();
-        6
-    ];
+    let letters: Vec<u32> = ('A'..='E').map(|l| llm.chat().encode_text(&l.to_string())[0]).collect();
+    let labels = vec![letters; ids.len()];
     let ours = llm.label_logprobs(&ids, &labels, &mut |_| Ok(())).unwrap();
     let (mut worst, mut agree) = (0f32, 0);
     for (theirs, ours) in clean.iter().zip(&ours) {
