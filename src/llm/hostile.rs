@@ -242,7 +242,7 @@ fn fuzz_made(
         }
         let began = Instant::now();
         QUIET.set(true);
-        let (outcome, peak) = peak_of(|| catch_unwind(AssertUnwindSafe(|| run(bytes))));
+        let (outcome, mut peak) = peak_of(|| catch_unwind(AssertUnwindSafe(|| run(bytes))));
         QUIET.set(false);
         let took = began.elapsed();
         let save = |what: &str| {
@@ -255,6 +255,11 @@ fn fuzz_made(
             Ok(Err(e)) if e.fault.exit_code() == 65 => tally.refused += 1,
             Ok(Err(e)) => save(&format!("exit {}: {e}", e.fault.exit_code())),
             Err(panic) => save(&format!("a panic: {:?}", panic.downcast_ref::<String>())),
+        }
+        if peak > allowed(len) {
+            // A table of the whole process that grows once in a hundred thousand inputs is not this one's fault.
+            let (_, again) = peak_of(|| run(kept.clone()));
+            peak = again;
         }
         if peak > allowed(len) {
             save(&format!("{peak} bytes of memory, {} are allowed", allowed(len)));
