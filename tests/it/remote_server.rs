@@ -106,12 +106,15 @@ enum Behind {
     Address(SocketAddr),
 }
 
+/// By body of a request: how often it came, and how many faults it has had.
+type Attempts = HashMap<Vec<u8>, (usize, usize)>;
+
 fn start(behind: Behind, schedule: Schedule, delay: u64) -> Running {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
     let (address, requests) = (listener.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
     let (most, now) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-    let seen: Arc<Mutex<HashMap<Vec<u8>, (usize, usize)>>> = Arc::default();
+    let seen: Arc<Mutex<Attempts>> = Arc::default();
     let bodies: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
     let running =
         Running { address, requests: requests.clone(), most: most.clone(), bodies: bodies.clone(), _runtime: runtime };
