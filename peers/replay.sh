@@ -19,8 +19,9 @@ import json, sys
 document = json.load(open(sys.argv[1]))
 stages = {s["name"]: s for s in document["stages"]}
 c = stages["rerank"]["counters"]
+# The LLM's own order is measured over the users that have one.
 ndcg = {m["system"]: round(m["value"], 4) for m in document["metrics"]
-        if m["metric"].startswith("NDCG") and m.get("bucket") in (None, "all") and m.get("users", "all") == "all"}
+        if m["metric"] == "NDCG@10" and m["bucket"] == "all" and m["users"] == "asked"}
 print(json.dumps({"recommender": sys.argv[2], "cut": int(sys.argv[3]), "reuse": sys.argv[4], "asked": c["users_asked"],
                   "reused": c["users_reused"], "evaluated": stages["quality"]["counters"]["users_evaluated"], "ndcg_10": ndcg}))
 PY
