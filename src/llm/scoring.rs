@@ -40,64 +40,6 @@ pub fn less_unconditional(given_prompt: &[f32], without: &[f32]) -> f64 {
     sum(given_prompt) - sum(without)
 }
 
-/// Scores of candidates from label log-probabilities under several orders of the candidates.
-///
-/// Each entry is one prompt: which candidate each label stood for, and the log-probability of
-/// each label. A candidate's score is the mean, over the prompts that had it, of its label's
-/// log-probability among that prompt's labels, which takes out how likely labels are at all.
-/// Candidates that no prompt had get negative infinity. Returns `[candidates]`.
-pub fn average_over_orders(prompts: &[(Vec<usize>, Vec<f32>)], candidates: usize) -> Vec<f64> {
-    let mut totals = vec![(0f64, 0usize); candidates];
-    for (order, logprobs) in prompts {
-        let among = normalizer(logprobs);
-        for (candidate, logprob) in order.iter().zip(logprobs) {
-            if let Some((total, n)) = totals.get_mut(*candidate) {
-                *total += f64::from(*logprob) - among;
-                *n += 1;
-            }
-        }
-    }
-    totals.into_iter().map(|(total, n)| if n == 0 { f64::NEG_INFINITY } else { total / n as f64 }).collect()
-}
-
-/// How often the order of the candidates decided which one came first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct OrderBias {
-    /// Pairs of prompts that showed the same candidates in different orders.
-    pub pairs: usize,
-    /// Pairs of which the two prompts put different candidates first.
-    pub changed: usize,
-}
-
-impl OrderBias {
-    /// Share of pairs whose first place changed; 0 without pairs. A model that looks at the candidates only has 0, one that
-    /// always takes the first line of `n` shuffled candidates has about 1 - 1 / n.
-    pub fn share(&self) -> f64 {
-        if self.pairs == 0 { 0.0 } else { self.changed as f64 / self.pairs as f64 }
-    }
-
-    /// Adds what was counted elsewhere, such as for another user.
-    pub fn add(&mut self, other: OrderBias) {
-        self.pairs += other.pairs;
-        self.changed += other.changed;
-    }
-}
-
-/// Compares the first places of every pair of one user's prompts. Each entry is one prompt, as in
-/// [`average_over_orders`]; the label that comes first is the likeliest, the first shown of equal ones.
-pub fn first_place_changes(prompts: &[(Vec<usize>, Vec<f32>)]) -> OrderBias {
-    let first = |(order, logprobs): &(Vec<usize>, Vec<f32>)| order.get(argmax(logprobs) as usize).copied();
-    let firsts: Vec<Option<usize>> = prompts.iter().map(first).collect();
-    let mut out = OrderBias::default();
-    for (i, a) in firsts.iter().enumerate() {
-        for b in &firsts[i + 1..] {
-            out.pairs += 1;
-            out.changed += usize::from(a != b);
-        }
-    }
-    out
-}
-
 /// The token with the largest logit; the smallest id of equal ones.
 pub fn argmax(logits: &[f32]) -> u32 {
     let mut best = 0;
@@ -139,27 +81,6 @@ mod tests {
         assert_eq!(mean(&given), -2.0);
         assert_eq!(less_unconditional(&given, &without), 2.0);
         assert_eq!((sum(&[]), mean(&[])), (0.0, 0.0));
-    }
-
-    #[test]
-    fn orders_cancel_a_position_bias() {
-        // The model always likes the first label by 2, and candidate 1 by 1.
-        let prompts = [(vec![0, 1], vec![-5.0, -6.0]), (vec![1, 0], vec![-4.0, -7.0])];
-        let scores = average_over_orders(&prompts, 3);
-        assert!(scores[1] > scores[0]);
-        assert!((scores[1] - scores[0] - 1.0).abs() < 1e-5, "{scores:?}");
-        assert_eq!(scores[2], f64::NEG_INFINITY);
-    }
-
-    #[test]
-    fn the_first_place_of_a_biased_model_changes_with_the_order() {
-        let prompts = [(vec![0, 1], vec![-1.0, -2.0]), (vec![1, 0], vec![-1.0, -2.0]), (vec![0, 1], vec![-1.0, -9.0])];
-        let mut bias = first_place_changes(&prompts);
-        assert_eq!(bias, OrderBias { pairs: 3, changed: 2 });
-        bias.add(first_place_changes(&prompts[..1]));
-        assert_eq!(bias.pairs, 3);
-        assert!((bias.share() - 2.0 / 3.0).abs() < 1e-12);
-        assert_eq!(OrderBias::default().share(), 0.0);
     }
 
     #[test]
