@@ -78,6 +78,8 @@ fn mean_and_sd(values: &[f64]) -> (f64, f64) {
     (mean, (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt())
 }
 
+/// Not in every run of the tests: ten fits of minutes, whose figures are in docs/experiments.md. By hand:
+/// `TAILFUSE_ML100K=ml-100k.inter cargo test --release --test it ml100k_five_seeds -- --ignored --nocapture`.
 #[test]
 #[ignore = "minutes; needs TAILFUSE_ML100K"]
 fn ml100k_five_seeds() {
