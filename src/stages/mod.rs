@@ -13,6 +13,7 @@ pub mod fuse;
 pub mod instruct;
 pub mod predict;
 pub mod prompt;
+pub mod prompt_ratings;
 pub mod recommend;
 pub mod registry;
 pub mod rerank;
