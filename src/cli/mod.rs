@@ -4,6 +4,7 @@
 //! document, stderr the talk. One file per verb; a verb is a variant of [`Verb`] and a file.
 
 pub mod fetch;
+pub mod init;
 pub mod llm;
 pub mod plan;
 pub mod printer;
@@ -12,6 +13,7 @@ pub mod result_document;
 pub mod run;
 pub mod schema;
 pub mod sql;
+pub mod test;
 pub mod validate;
 
 use std::path::PathBuf;
@@ -49,6 +51,10 @@ pub enum Verb {
     Sql(sql::SqlArgs),
     /// Fetch data sets and models of the catalogue into the cache.
     Fetch(fetch::FetchArgs),
+    /// Write a first pipeline from your own files.
+    Init(init::InitArgs),
+    /// Run the `[[test]]` blocks of a pipeline: rows in, rows expected.
+    Test(test::TestArgs),
     /// Print the JSON Schema of the pipeline file, or the generated references.
     Schema(schema::SchemaArgs),
     /// Check or debug a model: one JSON request per line in, one JSON answer per line out.
@@ -99,6 +105,8 @@ async fn dispatch(cli: Cli, printer: &Printer) -> Result<()> {
         Verb::Validate(args) => validate::main(args, printer).await,
         Verb::Sql(args) => sql::main(args, printer).await,
         Verb::Fetch(args) => fetch::main(args, printer).await,
+        Verb::Init(args) => init::main(args, printer).await,
+        Verb::Test(args) => test::main(args, printer).await,
         Verb::Schema(args) => schema::main(args, printer),
         Verb::Llm(args) => llm::main(args, printer).await,
     }

@@ -12,6 +12,7 @@ pub mod document;
 pub mod events;
 pub mod fingerprint;
 pub mod graph;
+pub mod init;
 pub mod json_schema;
 pub mod nodes;
 pub mod params;
@@ -23,6 +24,8 @@ pub mod schema_walk;
 pub mod spec;
 pub mod summary;
 pub mod tables_of;
+pub mod unit_diff;
+pub mod unit_tests;
 pub mod validate;
 
 pub use document::Origin;

@@ -15,6 +15,7 @@ use super::document::Origin;
 use super::graph::{self, StageNode};
 use super::params::{fill, read_params};
 use super::parse::{apply_sets, parse_document};
+use super::unit_tests::{self, UnitTest};
 use super::validate;
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
@@ -128,6 +129,8 @@ pub struct Pipeline {
     /// The stages in an order in which each comes after those that it reads; among those that
     /// are ready, in the order of the file.
     pub stages: Vec<StageNode>,
+    /// The `[[test]]` blocks, in the order of the file.
+    pub tests: Vec<UnitTest>,
     /// The text of the file, to show places of it.
     pub source_text: SourceText,
 }
@@ -244,6 +247,10 @@ fn read(source: &SourceText, path: &Path, options: &LoadOptions<'_>, out: &mut V
     let history_at_test = top.history_at_test.as_str();
     let context = ResolveContext { root: &root_folder, history_at_test };
     let stages = graph::build(checked.stages, &checked.sources, &context, top.seed, text, out);
+    // What a test names can only be missed where all stages are known.
+    if out.is_empty() {
+        unit_tests::check(&checked.tests, &stages, out);
+    }
     Some(Pipeline {
         name: top.name,
         file: path.to_owned(),
@@ -258,6 +265,7 @@ fn read(source: &SourceText, path: &Path, options: &LoadOptions<'_>, out: &mut V
         params: params.values,
         sources: checked.sources.into_iter().filter_map(|s| Some((s.name, s.config?))).collect(),
         stages,
+        tests: checked.tests.into_iter().map(|(test, _)| test).collect(),
         source_text: SourceText { name: String::new(), text: String::new() },
     })
 }

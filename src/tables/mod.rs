@@ -10,6 +10,7 @@ pub mod memory;
 pub mod object_io;
 pub mod parquet;
 pub mod partitions;
+pub mod peek;
 mod repeats;
 pub mod scan;
 pub mod schemas;
