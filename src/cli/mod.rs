@@ -6,6 +6,7 @@
 pub mod fetch;
 pub mod init;
 pub mod llm;
+pub mod log;
 pub mod plan;
 pub mod printer;
 pub mod progress;
@@ -33,6 +34,9 @@ pub struct Cli {
     /// No progress on stderr; errors are still shown.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
+    /// How lines on stderr look: `json` has one object a line, for log collectors.
+    #[arg(long, global = true, value_enum, default_value = "text", env = "TAILFUSE_LOG_FORMAT")]
+    pub log_format: log::LogFormat,
     /// What to do.
     #[command(subcommand)]
     pub verb: Verb,

@@ -14,6 +14,7 @@ pub mod fingerprint;
 pub mod graph;
 pub mod init;
 pub mod json_schema;
+pub mod lineage;
 pub mod nodes;
 pub mod params;
 pub mod parse;

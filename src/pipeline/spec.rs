@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use super::diagnostics::{Diagnostic, SourceText, into_error};
 use super::document::Origin;
 use super::graph::{self, StageNode};
+use super::lineage::config::LineageConfig;
 use super::params::{fill, read_params};
 use super::parse::{apply_sets, parse_document};
 use super::unit_tests::{self, UnitTest};
@@ -60,6 +61,9 @@ pub struct TopLevel {
     /// Folder for what SQL spills; the system's temporary folder by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spill_dir: Option<String>,
+    /// OpenLineage events of every run; none by default, unless OpenLineage's own environment variables say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lineage: Option<LineageConfig>,
 }
 
 fn default_seed() -> u64 {
@@ -122,6 +126,8 @@ pub struct Pipeline {
     pub memory_limit: usize,
     /// `spill_dir`, absolute.
     pub spill_dir: Option<PathBuf>,
+    /// `[lineage]`.
+    pub lineage: Option<LineageConfig>,
     /// Name -> value: a string, a number or a boolean.
     pub params: BTreeMap<String, serde_json::Value>,
     /// The sources in the order of the file.
@@ -261,6 +267,7 @@ fn read(source: &SourceText, path: &Path, options: &LoadOptions<'_>, out: &mut V
         warehouse: top.warehouse,
         memory_limit: checked.memory_limit,
         spill_dir: top.spill_dir.map(|d| root_folder.join(d)),
+        lineage: top.lineage,
         root: root_folder,
         params: params.values,
         sources: checked.sources.into_iter().filter_map(|s| Some((s.name, s.config?))).collect(),
