@@ -24,7 +24,7 @@ pairs = "pairs"
 
 [stages.pairs]
 kind = "sql"
-query = "select user_id, item_id from parts_test union all select user_id, item_id from parts_valid"
+query = "select * from parts_test union all select * from parts_valid"
 inputs = { parts_test = "parts.test", parts_valid = "parts.valid" }
 
 [stages.tail]
