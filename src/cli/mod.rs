@@ -8,6 +8,7 @@ pub mod llm;
 pub mod plan;
 pub mod printer;
 pub mod progress;
+pub mod restore;
 pub mod result_document;
 pub mod run;
 pub mod schema;
@@ -47,6 +48,9 @@ pub enum Verb {
     Validate(validate::ValidateArgs),
     /// Ask sources, stage outputs and published tables in SQL (read only).
     Sql(sql::SqlArgs),
+    /// Bring a published Delta table back to an earlier version.
+    #[command(disable_version_flag = true)]
+    Restore(restore::RestoreArgs),
     /// Fetch data sets and models of the catalogue into the cache.
     Fetch(fetch::FetchArgs),
     /// Print the JSON Schema of the pipeline file, or the generated references.
@@ -98,6 +102,7 @@ async fn dispatch(cli: Cli, printer: &Printer) -> Result<()> {
         Verb::Plan(args) => plan::main(args, printer).await,
         Verb::Validate(args) => validate::main(args, printer).await,
         Verb::Sql(args) => sql::main(args, printer).await,
+        Verb::Restore(args) => restore::main(args, printer).await,
         Verb::Fetch(args) => fetch::main(args, printer).await,
         Verb::Schema(args) => schema::main(args, printer),
         Verb::Llm(args) => llm::main(args, printer).await,

@@ -34,6 +34,10 @@ pub struct RunArgs {
     /// from those that were kept.
     #[arg(long, conflicts_with = "from")]
     fresh: bool,
+    /// Do everything but publish: rows and columns are checked against the published tables, and nothing of the run can be
+    /// seen in the warehouse afterwards. The next run without it finds the stages cached.
+    #[arg(long)]
+    no_publish: bool,
     /// Also write the result document to this file.
     #[arg(long, value_name = "FILE")]
     result: Option<PathBuf>,
@@ -72,7 +76,7 @@ pub async fn main(args: RunArgs, printer: &Printer) -> Result<()> {
 async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<(Value, Vec<String>)> {
     let pipeline = args.pipeline.load()?;
     let around = Surroundings::of(&pipeline)?;
-    let options = RunOptions { from: args.from.clone(), fresh: args.fresh };
+    let options = RunOptions { from: args.from.clone(), fresh: args.fresh, no_publish: args.no_publish };
     let events: Arc<dyn Events> = Arc::new(Progress::new(printer.clone()));
     let cancel = Cancel::default();
     let listener = tokio::spawn(listen(cancel.clone()));
@@ -82,7 +86,9 @@ async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<(Value,
     let report = report?;
     let metrics = summary::metrics(&pipeline, &report).await?;
     let tables = summary::published(&pipeline, &report).await?;
-    summary::append_run(&pipeline, &report, &tables).await?;
+    if !args.no_publish {
+        summary::append_run(&pipeline, &report, &tables).await?;
+    }
     let texts = summary::texts(&pipeline, &report).await?;
     let rows = metrics.iter().map(summary::MetricRow::to_json).collect();
     Ok((result_document::success(&pipeline, &report, rows, tables), texts))

@@ -13,6 +13,7 @@ pub mod events;
 pub mod fingerprint;
 pub mod graph;
 pub mod json_schema;
+pub mod lease;
 pub mod nodes;
 pub mod params;
 pub mod parse;
