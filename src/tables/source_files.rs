@@ -48,7 +48,7 @@ impl SourceObject {
             Some(tag) => tag.clone(),
             None => self.meta.last_modified.timestamp_micros().to_string(),
         };
-        let columns = self.table.as_ref().map_or_else(String::new, |t| format!(" {}", t.digest));
+        let columns = self.table.as_ref().map_or_else(String::new, |t| format!("-{}", t.digest));
         format!("{} {} {stamp}{columns}", self.file, self.meta.size)
     }
 }
