@@ -10,6 +10,7 @@ pub mod log;
 pub mod plan;
 pub mod printer;
 pub mod progress;
+pub mod restore;
 pub mod result_document;
 pub mod run;
 pub mod schema;
@@ -53,6 +54,9 @@ pub enum Verb {
     Validate(validate::ValidateArgs),
     /// Ask sources, stage outputs and published tables in SQL (read only).
     Sql(sql::SqlArgs),
+    /// Bring a published Delta table back to an earlier version.
+    #[command(disable_version_flag = true)]
+    Restore(restore::RestoreArgs),
     /// Fetch data sets and models of the catalogue into the cache.
     Fetch(fetch::FetchArgs),
     /// Write a first pipeline from your own files.
@@ -108,6 +112,7 @@ async fn dispatch(cli: Cli, printer: &Printer) -> Result<()> {
         Verb::Plan(args) => plan::main(args, printer).await,
         Verb::Validate(args) => validate::main(args, printer).await,
         Verb::Sql(args) => sql::main(args, printer).await,
+        Verb::Restore(args) => restore::main(args, printer).await,
         Verb::Fetch(args) => fetch::main(args, printer).await,
         Verb::Init(args) => init::main(args, printer).await,
         Verb::Test(args) => test::main(args, printer).await,

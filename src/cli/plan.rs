@@ -31,7 +31,7 @@ pub struct PlanArgs {
 pub async fn main(args: PlanArgs, printer: &Printer) -> Result<()> {
     let pipeline = args.pipeline.load()?;
     let around = Surroundings::of(&pipeline)?;
-    let options = RunOptions { from: args.from, fresh: args.fresh };
+    let options = RunOptions { from: args.from, fresh: args.fresh, ..RunOptions::default() };
     let nodes = plan(&pipeline, &around, &options).await?;
     if args.json {
         let text = serde_json::to_string_pretty(&nodes).map_err(|e| Error::internal("plan as JSON").because(e))?;

@@ -36,6 +36,10 @@ pub struct RunArgs {
     /// from those that were kept.
     #[arg(long, conflicts_with = "from")]
     fresh: bool,
+    /// Do everything but publish: rows and columns are checked against the published tables, and nothing of the run can be
+    /// seen in the warehouse afterwards. The next run without it finds the stages cached.
+    #[arg(long)]
+    no_publish: bool,
     /// Also write the result document to this file.
     #[arg(long, value_name = "FILE")]
     result: Option<PathBuf>,
@@ -75,7 +79,7 @@ pub async fn main(args: RunArgs, printer: &Printer) -> Result<()> {
 async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<(Value, Vec<String>)> {
     let pipeline = args.pipeline.load()?;
     let around = Surroundings::of(&pipeline)?;
-    let options = RunOptions { from: args.from.clone(), fresh: args.fresh };
+    let options = RunOptions { from: args.from.clone(), fresh: args.fresh, no_publish: args.no_publish };
     let mut events: Arc<dyn Events> = Arc::new(Progress::new(printer.clone()));
     let lineage = Lineage::start(&pipeline, run_id, &|name| std::env::var(name).ok()).unwrap_or_else(|warning| {
         printer.warn(&warning);
@@ -91,7 +95,7 @@ async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<(Value,
     listener.abort();
     printer.log().stage(None);
     let done = match report {
-        Ok(report) => finish(&pipeline, &report).await,
+        Ok(report) => finish(&pipeline, &report, !args.no_publish).await,
         Err(e) => Err(e),
     };
     if let Some(lineage) = lineage
@@ -103,10 +107,12 @@ async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<(Value,
 }
 
 /// What a finished run leaves behind: rows in `runs` and `metrics`, the document, texts for a person.
-async fn finish(pipeline: &Pipeline, report: &RunReport) -> Result<(Value, Vec<String>)> {
+async fn finish(pipeline: &Pipeline, report: &RunReport, publish: bool) -> Result<(Value, Vec<String>)> {
     let metrics = summary::metrics(pipeline, report).await?;
     let tables = summary::published(pipeline, report).await?;
-    summary::append_run(pipeline, report, &tables).await?;
+    if publish {
+        summary::append_run(pipeline, report, &tables).await?;
+    }
     let texts = summary::texts(pipeline, report).await?;
     let rows = metrics.iter().map(summary::MetricRow::to_json).collect();
     Ok((result_document::success(pipeline, report, rows, tables), texts))

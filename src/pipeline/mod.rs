@@ -15,6 +15,7 @@ pub mod fingerprint;
 pub mod graph;
 pub mod init;
 pub mod json_schema;
+pub mod lease;
 pub mod lineage;
 pub mod nodes;
 pub mod params;

@@ -13,12 +13,13 @@ use super::artifact_source;
 use super::cache::{Cache, Record, table_record};
 use super::events::{Events, NodePlace};
 use super::fingerprint::Identity;
+use super::lease::Leases;
 use super::nodes::{Digests, Surroundings, source_identity, source_store, stage_identity};
 use super::{Pipeline, StageNode};
 use crate::catalog::FetchProgress;
 use crate::error::{Error, Result};
 use crate::stages::context::Cancel;
-use crate::stages::{ModelFile, StageContext, StageInput, StageResult, What};
+use crate::stages::{ModelFile, Publishing, StageContext, StageInput, StageResult, What};
 use crate::tables::source::{SourceReport, SourceTarget, read_source};
 use crate::tables::source_config::SourceConfig;
 use crate::tables::{SqlMemory, Store, Table};
@@ -30,6 +31,8 @@ pub struct RunOptions {
     pub from: Option<String>,
     /// Runs everything again.
     pub fresh: bool,
+    /// Does everything but the commits of what is published.
+    pub no_publish: bool,
 }
 
 impl RunOptions {
@@ -96,6 +99,7 @@ struct Run<'a> {
     cache: Cache,
     savings: Store,
     warehouse: Store,
+    publishing: Publishing,
     run_id: String,
     cancel: Cancel,
     known: Digests,
@@ -115,36 +119,38 @@ pub async fn run(
     let started_at = now();
     let forced = options.forced(pipeline)?;
     let artifacts = Store::open(&pipeline.artifacts, &pipeline.root)?;
+    let warehouse = Store::open(&pipeline.warehouse, &pipeline.root)?;
+    let places: Vec<String> = match options.no_publish {
+        true => Vec::new(),
+        false => pipeline.stages.iter().filter_map(|s| s.stage.publishes()).collect(),
+    };
+    let leases = Leases::acquire(&warehouse, &places, run_id, &pipeline.name).await?;
+    let publishing = Publishing {
+        dry: options.no_publish,
+        pipeline: pipeline.name.clone(),
+        fingerprint: String::new(),
+        claim: Some(leases.claim()),
+    };
     let mut run = Run {
         pipeline,
         around,
         events,
         savings: artifacts.clone(),
         cache: Cache::new(artifacts),
-        warehouse: Store::open(&pipeline.warehouse, &pipeline.root)?,
+        warehouse,
+        publishing,
         run_id: run_id.to_owned(),
         cancel: cancel.clone(),
         known: Digests::new(),
         records: BTreeMap::new(),
     };
-    let total = pipeline.sources.len() + pipeline.stages.len();
-    let mut nodes = Vec::with_capacity(total);
-    for (name, config) in &pipeline.sources {
-        cancel.check()?;
-        let place = NodePlace { index: nodes.len() + 1, total, name: name.clone(), kind: "source".into() };
-        let (record, cached) = run.source(&place, config, forced.contains(name)).await?;
-        nodes.push(run.finish(place, record, cached));
+    let done = run.nodes(&forced).await;
+    // A lease that stays ends by itself; what the run came to is what counts.
+    let released = leases.release().await;
+    if let Err(e) = released {
+        events.line(&format!("the run's lease was not given back: {}", e.message));
     }
-    for stage in &pipeline.stages {
-        cancel.check()?;
-        let place = NodePlace { index: nodes.len() + 1, total, name: stage.name.clone(), kind: stage.kind.name.into() };
-        let (record, cached) = run
-            .stage(&place, stage, forced.contains(&stage.name))
-            .await
-            .map_err(|e| e.at(format!("stage `{}`", stage.name)))?;
-        nodes.push(run.finish(place, record, cached));
-    }
-    Ok(RunReport { run_id: run_id.to_owned(), nodes, seconds: began.elapsed().as_secs_f64(), started_at })
+    Ok(RunReport { run_id: run_id.to_owned(), nodes: done?, seconds: began.elapsed().as_secs_f64(), started_at })
 }
 
 fn now() -> String {
@@ -167,6 +173,30 @@ impl FetchProgress for FetchLines<'_> {
 }
 
 impl Run<'_> {
+    /// All nodes in their order.
+    async fn nodes(&mut self, forced: &BTreeSet<String>) -> Result<Vec<NodeReport>> {
+        let pipeline = self.pipeline;
+        let total = pipeline.sources.len() + pipeline.stages.len();
+        let mut nodes = Vec::with_capacity(total);
+        for (name, config) in &pipeline.sources {
+            self.cancel.check()?;
+            let place = NodePlace { index: nodes.len() + 1, total, name: name.clone(), kind: "source".into() };
+            let (record, cached) = self.source(&place, config, forced.contains(name)).await?;
+            nodes.push(self.finish(place, record, cached));
+        }
+        for stage in &pipeline.stages {
+            self.cancel.check()?;
+            let place =
+                NodePlace { index: nodes.len() + 1, total, name: stage.name.clone(), kind: stage.kind.name.into() };
+            let (record, cached) = self
+                .stage(&place, stage, forced.contains(&stage.name))
+                .await
+                .map_err(|e| e.at(format!("stage `{}`", stage.name)))?;
+            nodes.push(self.finish(place, record, cached));
+        }
+        Ok(nodes)
+    }
+
     fn finish(&mut self, place: NodePlace, record: Record, cached: bool) -> NodeReport {
         for (output, o) in &record.outputs {
             self.known.insert((place.name.clone(), output.clone()), o.sha256.clone());
@@ -295,8 +325,8 @@ impl Run<'_> {
             models,
             savings: self.savings.clone(),
             warehouse: self.warehouse.clone(),
+            publishing: Publishing { fingerprint: identity.fingerprint(), ..self.publishing.clone() },
             run_id: self.run_id.clone(),
-            fingerprint: identity.fingerprint(),
             memory_limit: self.pipeline.memory_limit,
             spill_dir: self.pipeline.spill_dir.clone(),
             observer,

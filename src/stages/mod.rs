@@ -30,7 +30,7 @@ pub mod write;
 pub mod write_artifact;
 
 pub use context::{
-    Artifact, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageInput,
-    StageResult, What,
+    Artifact, Claim, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, Publishing, ResolveContext, Stage,
+    StageContext, StageInput, StageResult, What,
 };
 pub use registry::{KINDS, StageKind};

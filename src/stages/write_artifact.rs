@@ -120,12 +120,14 @@ impl Stage for WriteArtifact {
             .next()
             .filter(|(name, _)| artifact.files.len() == 1 && ending(path).is_some_and(|e| ending(name) == Some(e)));
         match one {
+            _ if ctx.publishing.dry => {}
             Some((_, bytes)) => artifact_files::put_file(&ctx.warehouse, path, bytes.clone()).await?,
             None => artifact_files::put_folder(&ctx.warehouse.child(path), &ctx.run_id, &artifact.files).await?,
         }
         let bytes = artifact.files.values().map(|b| b.len() as i64).sum::<i64>();
         let uri = ctx.warehouse.display(path);
-        ctx.observer.note(&format!("published {uri}"));
+        let said = if ctx.publishing.dry { "not published:" } else { "published" };
+        ctx.observer.note(&format!("{said} {uri}"));
         let count = |n: i64| Arc::new(Int64Array::from(vec![n]));
         let text = |t: &str| Arc::new(StringArray::from(vec![t]));
         let published = Table::from_columns(vec![

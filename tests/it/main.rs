@@ -28,6 +28,12 @@ mod corrupt_tables;
 mod sources;
 // What the tests of tables share.
 mod table_support;
+// Delta tables: commits, races, columns, versions, the lease of a run.
+mod delta;
+// Sources and published tables on a real S3 server.
+mod s3;
+// That server.
+mod s3_server;
 
 // SQL: functions, shipped files, the names of tables, errors, output, and the stages on it.
 mod query_sql;
