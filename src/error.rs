@@ -11,6 +11,8 @@ use std::fmt;
 pub enum Fault {
     /// An audit refused to publish; what was published before stands. Exit 1.
     Audit,
+    /// A `[[test]]` of the pipeline failed. Exit 1.
+    Tests,
     /// Wrong command line, or a statement that this verb refuses. Exit 2.
     Usage,
     /// Input data is wrong: a missing column, a wrong type, an unreadable file. Exit 65.
@@ -33,7 +35,7 @@ impl Fault {
     /// The process's exit code for this fault.
     pub fn exit_code(self) -> u8 {
         match self {
-            Fault::Audit => 1,
+            Fault::Audit | Fault::Tests => 1,
             Fault::Usage => 2,
             Fault::Data => 65,
             Fault::Internal => 70,
@@ -54,6 +56,7 @@ impl Fault {
     pub fn code(self) -> &'static str {
         match self {
             Fault::Audit => "audit_refused",
+            Fault::Tests => "tests_failed",
             Fault::Usage => "usage",
             Fault::Data => "input_data",
             Fault::Internal => "internal",

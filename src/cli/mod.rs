@@ -4,7 +4,9 @@
 //! document, stderr the talk. One file per verb; a verb is a variant of [`Verb`] and a file.
 
 pub mod fetch;
+pub mod init;
 pub mod llm;
+pub mod log;
 pub mod plan;
 pub mod printer;
 pub mod progress;
@@ -12,6 +14,7 @@ pub mod result_document;
 pub mod run;
 pub mod schema;
 pub mod sql;
+pub mod test;
 pub mod validate;
 
 use std::path::PathBuf;
@@ -31,6 +34,9 @@ pub struct Cli {
     /// No progress on stderr; errors are still shown.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
+    /// How lines on stderr look: `json` has one object a line, for log collectors.
+    #[arg(long, global = true, value_enum, default_value = "text", env = "TAILFUSE_LOG_FORMAT")]
+    pub log_format: log::LogFormat,
     /// What to do.
     #[command(subcommand)]
     pub verb: Verb,
@@ -49,6 +55,10 @@ pub enum Verb {
     Sql(sql::SqlArgs),
     /// Fetch data sets and models of the catalogue into the cache.
     Fetch(fetch::FetchArgs),
+    /// Write a first pipeline from your own files.
+    Init(init::InitArgs),
+    /// Run the `[[test]]` blocks of a pipeline: rows in, rows expected.
+    Test(test::TestArgs),
     /// Print the JSON Schema of the pipeline file, or the generated references.
     Schema(schema::SchemaArgs),
     /// Check or debug a model: one JSON request per line in, one JSON answer per line out.
@@ -99,6 +109,8 @@ async fn dispatch(cli: Cli, printer: &Printer) -> Result<()> {
         Verb::Validate(args) => validate::main(args, printer).await,
         Verb::Sql(args) => sql::main(args, printer).await,
         Verb::Fetch(args) => fetch::main(args, printer).await,
+        Verb::Init(args) => init::main(args, printer).await,
+        Verb::Test(args) => test::main(args, printer).await,
         Verb::Schema(args) => schema::main(args, printer),
         Verb::Llm(args) => llm::main(args, printer).await,
     }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value};
 
 use super::printer::Printer;
 use crate::pipeline::cache::Record;
@@ -110,12 +111,15 @@ impl Observer for NodeProgress {
             let unit = self.unit.lock().map(|u| u.clone()).unwrap_or_default();
             let status = self.status.lock().map(|s| s.clone()).unwrap_or_default();
             let status = if status.is_empty() { status } else { format!("; {status}") };
-            self.printer.say(&format!(
-                "{}  {:3}%  {done}/{total} {unit}, {:.0} s{status}",
-                self.label,
-                tenth * 10,
-                self.began.elapsed().as_secs_f64()
-            ));
+            let seconds = self.began.elapsed().as_secs_f64();
+            let text = format!("{}  {:3}%  {done}/{total} {unit}, {seconds:.0} s{status}", self.label, tenth * 10);
+            let fields = [
+                ("done", Value::from(done)),
+                ("total", total.into()),
+                ("unit", unit.into()),
+                ("seconds", rounded(seconds)),
+            ];
+            self.printer.tell(&text, "progress", fields_of(fields));
         }
     }
 
@@ -132,8 +136,17 @@ impl Observer for NodeProgress {
     }
 
     fn note(&self, text: &str) {
-        self.printer.say(&format!("{}  {text}", self.label));
+        self.printer.tell(&format!("{}  {text}", self.label), text, Map::new());
     }
+}
+
+fn fields_of<const N: usize>(fields: [(&str, Value); N]) -> Map<String, Value> {
+    fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+/// To milliseconds.
+fn rounded(seconds: f64) -> Value {
+    ((seconds * 1000.0).round() / 1000.0).into()
 }
 
 fn label(place: &NodePlace) -> String {
@@ -144,6 +157,8 @@ fn label(place: &NodePlace) -> String {
 impl Events for Progress {
     fn started(&self, place: &NodePlace) -> Arc<dyn Observer> {
         self.end();
+        self.printer.log().stage(Some(&place.name));
+        self.printer.note("started", fields_of([("kind", place.kind.as_str().into())]));
         let node = Arc::new(NodeProgress::new(&self.printer, label(place)));
         if let Ok(mut current) = self.current.lock() {
             *current = Some(node.clone());
@@ -153,7 +168,9 @@ impl Events for Progress {
 
     fn cached(&self, place: &NodePlace, record: &Record) {
         self.end();
-        self.printer.say(&format!("{}  cached ({:.1} s when it ran)", label(place), record.seconds));
+        let fields = fields_of([("kind", place.kind.as_str().into()), ("seconds", rounded(record.seconds))]);
+        let text = format!("{}  cached ({:.1} s when it ran)", label(place), record.seconds);
+        self.printer.tell(&text, "cached", fields);
     }
 
     fn finished(&self, place: &NodePlace, record: &Record) {
@@ -161,7 +178,14 @@ impl Events for Progress {
         let rows: Vec<String> =
             record.outputs.iter().filter_map(|(name, o)| o.rows.map(|n| format!("{name} {n}"))).collect();
         let rows = if rows.is_empty() { String::new() } else { format!("  rows: {}", rows.join(", ")) };
-        self.printer.say(&format!("{}  {:.1} s{rows}", label(place), record.seconds));
+        let counts = record.outputs.iter().filter_map(|(name, o)| Some((name.clone(), o.rows?.into())));
+        let fields = fields_of([
+            ("kind", place.kind.as_str().into()),
+            ("seconds", rounded(record.seconds)),
+            ("rows", Value::Object(counts.collect())),
+            ("counters", Value::Object(record.counters.clone())),
+        ]);
+        self.printer.tell(&format!("{}  {:.1} s{rows}", label(place), record.seconds), "finished", fields);
     }
 
     fn line(&self, text: &str) {

@@ -11,9 +11,11 @@ use super::printer::Printer;
 use super::progress::Progress;
 use super::result_document;
 use crate::error::{Error, Result};
+use crate::pipeline::Pipeline;
 use crate::pipeline::events::Events;
+use crate::pipeline::lineage::Lineage;
 use crate::pipeline::nodes::Surroundings;
-use crate::pipeline::run::{RunOptions, run};
+use crate::pipeline::run::{RunOptions, RunReport, run};
 use crate::pipeline::summary;
 use crate::stages::context::Cancel;
 
@@ -43,13 +45,14 @@ pub struct RunArgs {
 /// tables come after it on stderr; else it is the last line of both streams together, for schedulers that join them.
 pub async fn main(args: RunArgs, printer: &Printer) -> Result<()> {
     let run_id = new_run_id();
+    printer.log().run(&run_id);
     let name = args.pipeline.pipeline.display().to_string();
     let outcome = work(&args, &run_id, printer).await;
     let (document, texts) = match &outcome {
         Ok((document, texts)) => (document.clone(), texts.as_slice()),
         Err(error) => (result_document::failure(&name, &run_id, error), [].as_slice()),
     };
-    let line = document.to_string();
+    let line = printer.log().blot(&document.to_string());
     let written = match &args.result {
         Some(file) => fs_err::write(file, &line).map_err(|e| Error::environment("cannot write --result").because(e)),
         None => Ok(()),
@@ -73,19 +76,40 @@ async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<(Value,
     let pipeline = args.pipeline.load()?;
     let around = Surroundings::of(&pipeline)?;
     let options = RunOptions { from: args.from.clone(), fresh: args.fresh };
-    let events: Arc<dyn Events> = Arc::new(Progress::new(printer.clone()));
+    let mut events: Arc<dyn Events> = Arc::new(Progress::new(printer.clone()));
+    let lineage = Lineage::start(&pipeline, run_id, &|name| std::env::var(name).ok()).unwrap_or_else(|warning| {
+        printer.warn(&warning);
+        None
+    });
+    if let Some(lineage) = &lineage {
+        events = lineage.beside(events);
+    }
     let cancel = Cancel::default();
     let listener = tokio::spawn(listen(cancel.clone()));
     printer.say(&format!("{}: run {run_id}, seed {}", pipeline.name, pipeline.seed));
     let report = run(&pipeline, &around, &options, run_id, &events, &cancel).await;
     listener.abort();
-    let report = report?;
-    let metrics = summary::metrics(&pipeline, &report).await?;
-    let tables = summary::published(&pipeline, &report).await?;
-    summary::append_run(&pipeline, &report, &tables).await?;
-    let texts = summary::texts(&pipeline, &report).await?;
+    printer.log().stage(None);
+    let done = match report {
+        Ok(report) => finish(&pipeline, &report).await,
+        Err(e) => Err(e),
+    };
+    if let Some(lineage) = lineage
+        && let Some(warning) = lineage.end(done.as_ref().err()).await
+    {
+        printer.warn(&warning);
+    }
+    done
+}
+
+/// What a finished run leaves behind: rows in `runs` and `metrics`, the document, texts for a person.
+async fn finish(pipeline: &Pipeline, report: &RunReport) -> Result<(Value, Vec<String>)> {
+    let metrics = summary::metrics(pipeline, report).await?;
+    let tables = summary::published(pipeline, report).await?;
+    summary::append_run(pipeline, report, &tables).await?;
+    let texts = summary::texts(pipeline, report).await?;
     let rows = metrics.iter().map(summary::MetricRow::to_json).collect();
-    Ok((result_document::success(&pipeline, &report, rows, tables), texts))
+    Ok((result_document::success(pipeline, report, rows, tables), texts))
 }
 
 /// First signal: stop at the next row boundary. Second: the default action.

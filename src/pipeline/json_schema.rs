@@ -7,6 +7,7 @@ use schemars::schema_for;
 use serde_json::{Map, Value, json};
 
 use super::spec::TopLevel;
+use super::unit_tests::UnitTest;
 use super::validate::stage_schema;
 use crate::stages::{KINDS, StageKind};
 use crate::tables::SourceConfig;
@@ -27,6 +28,9 @@ pub fn json_schema_of(kinds: &[StageKind]) -> Value {
     let mut source = schema_for!(SourceConfig).to_value();
     hoist(&mut source, "source.", &mut definitions);
     definitions.insert("source".to_owned(), bare(source));
+    let mut test = schema_for!(UnitTest).to_value();
+    hoist(&mut test, "test.", &mut definitions);
+    definitions.insert("test".to_owned(), bare(test));
     let mut options = Vec::new();
     for kind in kinds {
         let mut schema = stage_schema(kind);
@@ -63,6 +67,14 @@ pub fn json_schema_of(kinds: &[StageKind]) -> Value {
             "minProperties": 1,
             "propertyNames": {"pattern": NAME},
             "additionalProperties": any_stage,
+        }),
+    );
+    properties.insert(
+        "test".to_owned(),
+        json!({
+            "description": "Tests of single stages, run by `tailfuse test`: `[[test]]`.",
+            "type": "array",
+            "items": {"$ref": "#/$defs/test"},
         }),
     );
     json!({

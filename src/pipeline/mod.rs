@@ -13,7 +13,9 @@ pub mod document;
 pub mod events;
 pub mod fingerprint;
 pub mod graph;
+pub mod init;
 pub mod json_schema;
+pub mod lineage;
 pub mod nodes;
 pub mod params;
 pub mod parse;
@@ -24,6 +26,8 @@ pub mod schema_walk;
 pub mod spec;
 pub mod summary;
 pub mod tables_of;
+pub mod unit_diff;
+pub mod unit_tests;
 pub mod validate;
 
 pub use document::Origin;

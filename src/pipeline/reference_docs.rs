@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 use super::parse::parse_document;
 use super::schema_walk::{Shape, check, range_text};
 use super::spec::TopLevel;
+use super::unit_tests::UnitTest;
 use super::validate::stage_schema;
 use crate::error::{Error, Result};
 use crate::recommenders::{BACKBONES, Backbone, Task};
@@ -92,6 +93,10 @@ pub fn pipeline_markdown_of(kinds: &[StageKind]) -> String {
     for kind in kinds {
         doc.kind(kind);
     }
+    doc.line("## Tests: `[[test]]`");
+    doc.line(TESTS);
+    let test = schema_for!(UnitTest).to_value();
+    doc.keys(&test, &test, "");
     doc.line("## Models");
     doc.line(MODELS);
     let rows = BACKBONES.iter().map(|b| vec![format!("[`{0}`](#{0})", b.name), task(b.task).to_owned(), cell(b.about)]);
@@ -110,6 +115,21 @@ fn task(task: Task) -> &'static str {
         Task::Rating => "a rating",
     }
 }
+
+const TESTS: &str =
+    "A test runs one stage on rows that stand in the file, and compares what comes out; nothing else runs, and no \
+source is read. `tailfuse test FILE` runs all of them and ends with 1 where one fails; `run` does not look at them.
+
+```toml
+[[test]]
+name = \"low ratings are dropped\"
+stage = \"liked\"                  # an sql stage with `inputs = { log = ... }`
+given.log = [
+    { user_id = 1, item_id = 10, rating = 5.0 },
+    { user_id = 1, item_id = 11, rating = 2.0 },
+]
+expect = [{ user_id = 1, item_id = 10 }]
+```";
 
 const MODELS: &str = "What `model` of a `train` or `search` stage can be, and the hyper-parameters that each model has: the keys of `hyper` in a \
 `train` stage, of `space` and `fixed` in a `search` stage. A key that a model does not have is a mistake, and so is a value outside its range. \

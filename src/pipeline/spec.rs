@@ -13,8 +13,10 @@ use sha2::{Digest, Sha256};
 use super::diagnostics::{Diagnostic, SourceText, into_error};
 use super::document::Origin;
 use super::graph::{self, StageNode};
+use super::lineage::config::LineageConfig;
 use super::params::{fill, read_params};
 use super::parse::{apply_sets, parse_document};
+use super::unit_tests::{self, UnitTest};
 use super::validate;
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
@@ -59,6 +61,9 @@ pub struct TopLevel {
     /// Folder for what SQL spills; the system's temporary folder by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spill_dir: Option<String>,
+    /// OpenLineage events of every run; none by default, unless OpenLineage's own environment variables say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lineage: Option<LineageConfig>,
 }
 
 fn default_seed() -> u64 {
@@ -121,6 +126,8 @@ pub struct Pipeline {
     pub memory_limit: usize,
     /// `spill_dir`, absolute.
     pub spill_dir: Option<PathBuf>,
+    /// `[lineage]`.
+    pub lineage: Option<LineageConfig>,
     /// Name -> value: a string, a number or a boolean.
     pub params: BTreeMap<String, serde_json::Value>,
     /// The sources in the order of the file.
@@ -128,6 +135,8 @@ pub struct Pipeline {
     /// The stages in an order in which each comes after those that it reads; among those that
     /// are ready, in the order of the file.
     pub stages: Vec<StageNode>,
+    /// The `[[test]]` blocks, in the order of the file.
+    pub tests: Vec<UnitTest>,
     /// The text of the file, to show places of it.
     pub source_text: SourceText,
 }
@@ -244,6 +253,10 @@ fn read(source: &SourceText, path: &Path, options: &LoadOptions<'_>, out: &mut V
     let history_at_test = top.history_at_test.as_str();
     let context = ResolveContext { root: &root_folder, history_at_test };
     let stages = graph::build(checked.stages, &checked.sources, &context, top.seed, text, out);
+    // What a test names can only be missed where all stages are known.
+    if out.is_empty() {
+        unit_tests::check(&checked.tests, &stages, out);
+    }
     Some(Pipeline {
         name: top.name,
         file: path.to_owned(),
@@ -254,10 +267,12 @@ fn read(source: &SourceText, path: &Path, options: &LoadOptions<'_>, out: &mut V
         warehouse: top.warehouse,
         memory_limit: checked.memory_limit,
         spill_dir: top.spill_dir.map(|d| root_folder.join(d)),
+        lineage: top.lineage,
         root: root_folder,
         params: params.values,
         sources: checked.sources.into_iter().filter_map(|s| Some((s.name, s.config?))).collect(),
         stages,
+        tests: checked.tests.into_iter().map(|(test, _)| test).collect(),
         source_text: SourceText { name: String::new(), text: String::new() },
     })
 }

@@ -10,11 +10,12 @@ use super::diagnostics::{Diagnostic, list};
 use super::document::{Entry, Item, ItemValue, Origin};
 use super::schema_walk::check;
 use super::spec::{TopLevel, parse_bytes};
+use super::unit_tests::UnitTest;
 use crate::stages::StageKind;
 use crate::tables::SourceConfig;
 
 /// The top-level keys that hold tables of their own.
-const SECTIONS: [&str; 3] = ["params", "sources", "stages"];
+const SECTIONS: [&str; 4] = ["params", "sources", "stages", "test"];
 
 /// A source of the file.
 pub struct CheckedSource {
@@ -53,6 +54,8 @@ pub struct Checked {
     pub sources: Vec<CheckedSource>,
     /// The stages in the order of the file.
     pub stages: Vec<CheckedStage>,
+    /// The `[[test]]` blocks without mistakes, with their places.
+    pub tests: Vec<(UnitTest, Item)>,
 }
 
 /// Checks the whole tree. `text` is the file's text.
@@ -85,7 +88,8 @@ pub fn validate(root: &Item, kinds: &'static [StageKind], text: &str, out: &mut 
     let source_schema = schema_for!(SourceConfig).to_value();
     let sources = sources.iter().map(|e| source(e, &source_schema, out)).collect();
     let stages = stages.iter().map(|e| stage(e, kinds, text, out)).collect();
-    Checked { top, memory_limit, sources, stages }
+    let tests = tests(root, out);
+    Checked { top, memory_limit, sources, stages, tests }
 }
 
 /// The schema of the file's top, in which sources and stages are only tables of tables.
@@ -97,6 +101,7 @@ fn top_schema() -> Value {
             let tables = json!({"type": "object", "additionalProperties": {"type": "object"}});
             properties.insert(section.to_owned(), tables);
         }
+        properties.insert("test".to_owned(), json!({"type": "array", "items": {"type": "object"}}));
     }
     schema
 }
@@ -272,6 +277,25 @@ fn stage(entry: &Entry, kinds: &'static [StageKind], text: &str, out: &mut Vec<D
     let whole = out.len() == before && !item.is_broken();
     let config = whole.then_some((kind, json));
     CheckedStage { name, item, config, seed }
+}
+
+/// The `[[test]]` blocks that are right by themselves.
+fn tests(root: &Item, out: &mut Vec<Diagnostic>) -> Vec<(UnitTest, Item)> {
+    let Some(ItemValue::Array(blocks)) = root.get("test").map(|i| &i.value) else { return Vec::new() };
+    let schema = schema_for!(UnitTest).to_value();
+    let mut tests = Vec::new();
+    for (i, block) in blocks.iter().enumerate().filter(|(_, b)| matches!(b.value, ItemValue::Table(_))) {
+        let before = out.len();
+        let json = check(block, &format!("test.{i}"), &schema, out);
+        if out.len() > before || block.is_broken() {
+            continue;
+        }
+        match serde_json::from_value(json) {
+            Ok(test) => tests.push((test, block.clone())),
+            Err(e) => out.push(Diagnostic::new(e.to_string(), block.origin.clone(), "in this test")),
+        }
+    }
+    tests
 }
 
 /// The schema of a whole `[stages.NAME]` table: the kind's own keys, `kind` and `seed`.

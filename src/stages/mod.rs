@@ -15,6 +15,7 @@ pub mod instruct;
 pub mod popular;
 pub mod predict;
 pub mod prompt;
+pub mod prompt_ratings;
 pub mod recommend;
 pub mod registry;
 pub mod rerank;

@@ -11,6 +11,7 @@ pub mod memory;
 pub mod object_io;
 pub mod parquet;
 pub mod partitions;
+pub mod peek;
 mod repeats;
 pub mod scan;
 pub mod schemas;

@@ -224,8 +224,10 @@ pub fn write_tiny_llm(folder: &Path) {
     std::fs::write(folder.join("tokenizer_config.json"), tokenizer_config.to_string()).unwrap();
 }
 
-/// The demo's shape over the small world, in its column names.
-pub const PIPELINE: &str = r#"name = "small"
+/// The head of a pipeline over the small world: sources in its column names, and the split. `concat!(head!(), ...)`.
+macro_rules! head {
+    () => {
+        r#"name = "small"
 seed = 7
 
 [params]
@@ -242,7 +244,14 @@ columns = { item_id = "movie", title = "name" }
 [stages.parts]
 kind = "split"
 input = "events"
+"#
+    };
+}
 
+/// The demo's shape over the small world.
+pub const PIPELINE: &str = concat!(
+    head!(),
+    r#"
 [stages.model]
 kind = "train"
 model = "lightgcn"
@@ -341,4 +350,5 @@ kind = "write"
 input = "fused"
 table = "recommendations"
 partition = { ds = "{{ ds }}" }
-"#;
+"#
+);

@@ -12,6 +12,7 @@ mod end_to_end;
 // The published files, read and scored by another program.
 mod export_reader;
 // A small world: log, item table, tiny LLM, pipeline file.
+#[macro_use]
 mod fixtures;
 
 // The pipeline file's language: parsing, parameters, validation, the graph.
@@ -56,6 +57,8 @@ mod remote;
 mod remote_server;
 // `rerank` through the binary: a server, the ledger, reuse, kills.
 mod rerank;
+// Ratings that the LLM gives, one prompt each.
+mod llm_ratings;
 // Prompts counted by a real tokenizer: budget, common beginning, hostile titles.
 mod prompts;
 // The tuning set: nothing held out in it.
