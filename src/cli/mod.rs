@@ -22,6 +22,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::error::{Error, Result};
+use crate::pipeline::LoadOptions;
 use printer::Printer;
 
 /// Batch recommendation pipelines: a conventional recommender and an LLM, fused per user.
@@ -78,10 +79,26 @@ pub struct PipelineArgs {
     pub sets: Vec<(String, String)>,
 }
 
+/// What a pipeline file may name.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Sandbox {
+    /// For a file from somebody else: refuses it where a local path in it, or its root, leaves DIR (here by default),
+    /// by `..`, by an absolute path or by a symbolic link.
+    #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true, default_missing_value = ".")]
+    pub sandbox: Option<PathBuf>,
+}
+
 impl PipelineArgs {
     /// Parses and checks the file.
     pub fn load(&self) -> Result<crate::pipeline::Pipeline> {
-        crate::pipeline::load(&self.pipeline, &self.params, &self.sets)
+        self.load_within(&Sandbox::default())
+    }
+
+    /// The same; with `--sandbox`, every local path that it names must lie below a folder.
+    pub fn load_within(&self, sandbox: &Sandbox) -> Result<crate::pipeline::Pipeline> {
+        let sandbox = sandbox.sandbox.as_deref();
+        let options = LoadOptions { params: &self.params, sets: &self.sets, sandbox, ..LoadOptions::default() };
+        crate::pipeline::load_with(&self.pipeline, &options)
     }
 }
 

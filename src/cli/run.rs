@@ -6,10 +6,10 @@ use std::sync::Arc;
 use clap::Args;
 use serde_json::Value;
 
-use super::PipelineArgs;
 use super::printer::Printer;
 use super::progress::Progress;
 use super::result_document;
+use super::{PipelineArgs, Sandbox};
 use crate::error::{Error, Result};
 use crate::pipeline::Pipeline;
 use crate::pipeline::events::Events;
@@ -29,6 +29,8 @@ Examples:
 pub struct RunArgs {
     #[command(flatten)]
     pipeline: PipelineArgs,
+    #[command(flatten)]
+    sandbox: Sandbox,
     /// Run this stage and all that read from it again, cached or not.
     #[arg(long, value_name = "STAGE")]
     from: Option<String>,
@@ -73,7 +75,7 @@ pub async fn main(args: RunArgs, printer: &Printer) -> Result<()> {
 
 /// The result document and the texts for a person.
 async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<(Value, Vec<String>)> {
-    let pipeline = args.pipeline.load()?;
+    let pipeline = args.pipeline.load_within(&args.sandbox)?;
     let around = Surroundings::of(&pipeline)?;
     let options = RunOptions { from: args.from.clone(), fresh: args.fresh };
     let mut events: Arc<dyn Events> = Arc::new(Progress::new(printer.clone()));

@@ -21,6 +21,7 @@ pub mod parse;
 pub mod plan;
 pub mod reference_docs;
 pub mod run;
+pub mod sandbox;
 pub mod schema_walk;
 pub mod spec;
 pub mod summary;

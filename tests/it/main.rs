@@ -7,6 +7,10 @@ mod architecture;
 mod docs;
 // The generated reference of tables against the code.
 mod docs_tables;
+// `init` on files of many sorts, and `[[test]]` blocks.
+mod init;
+// Lineage, JSON logs, secrets, the sandbox.
+mod surroundings;
 // The whole path through the binary, on a small world.
 mod end_to_end;
 // The published files, read and scored by another program.
