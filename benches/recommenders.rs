@@ -138,7 +138,7 @@ impl Watch for Meter {
 fn fit(options: &Options, fixed: Json, data: &Interactions<'_>, meter: &Meter) {
     let device = DeviceChoice::Cpu.open().unwrap().device;
     let seed = options.number("--seed", 1) as u64;
-    let context = FitContext { seed, device: &device, watch: meter, checkpoints: None };
+    let context = FitContext { seed, device: &device, watch: meter, checkpoints: None, warm: None };
     let hyper = options.hyper(fixed);
     let model = registry::find(options.model()).and_then(|b| b.recommender(&hyper)).unwrap_or_else(|e| panic!("{e}"));
     if let Err(error) = model.fit(data, &context) {
@@ -157,7 +157,7 @@ fn epochs(options: &Options) {
         log.with_ratings(&options.data(), |data| {
             let device = DeviceChoice::Cpu.open().unwrap().device;
             let seed = options.number("--seed", 1) as u64;
-            let context = FitContext { seed, device: &device, watch: &meter, checkpoints: None };
+            let context = FitContext { seed, device: &device, watch: &meter, checkpoints: None, warm: None };
             let model = backbone.rating_recommender(&options.hyper(fixed)).unwrap_or_else(|e| panic!("{e}"));
             if let Err(error) = model.fit(data, &context) {
                 assert_eq!(error.message, "measured", "{error}");
@@ -195,7 +195,7 @@ fn whole_fit(options: &Options) {
     let (mut fits, mut scores) = (Vec::new(), Vec::new());
     for _ in 0..options.number("--rounds", 3) {
         let begun = cpu_seconds();
-        let context = FitContext { seed, device: &device, watch: &Unwatched, checkpoints: None };
+        let context = FitContext { seed, device: &device, watch: &Unwatched, checkpoints: None, warm: None };
         let fit = model.fit(&data, &context).unwrap_or_else(|e| panic!("{e}"));
         let fitted = cpu_seconds();
         let ranks = topk::ranks(fit.scorer.as_ref(), &valid, &train, &train);

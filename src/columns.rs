@@ -215,3 +215,9 @@ pub const FIRST_PLACES: &str = "first_places";
 pub const FIRST_CHANGED: &str = "first_changed";
 /// float64 in [-1, 1]: mean of Kendall's tau between the order of a user's first prompt and those of the later ones.
 pub const KENDALL_TAU: &str = "kendall_tau";
+/// string: name of an audit.
+pub const AUDIT: &str = "audit";
+/// boolean, nullable: whether a value lies within its bounds; null where it was not looked at.
+pub const PASSED: &str = "passed";
+/// string, nullable: what offends, or why there is no value.
+pub const DETAIL: &str = "detail";

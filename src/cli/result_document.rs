@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::Error;
 use crate::pipeline::Pipeline;
+use crate::pipeline::artifact_source::warning;
 use crate::pipeline::run::RunReport;
 
 /// The document of a run that ended well.
@@ -28,6 +29,7 @@ pub fn success(pipeline: &Pipeline, report: &RunReport, metrics: Vec<Value>, tab
             })
         })
         .collect();
+    let warnings: Vec<&str> = report.nodes.iter().filter_map(|n| warning(&n.record)).collect();
     json!({
         "status": "ok",
         "exit_code": 0,
@@ -37,6 +39,7 @@ pub fn success(pipeline: &Pipeline, report: &RunReport, metrics: Vec<Value>, tab
         "seconds": (report.seconds * 1000.0).round() / 1000.0,
         "params": pipeline.params,
         "history_at_test": pipeline.history_at_test,
+        "warnings": warnings,
         "metrics": metrics,
         "tables": tables,
         "stages": stages,

@@ -4,6 +4,8 @@
 //! In: shortlists with the LLM's places, validation items, long-tail coefficients. Out: the
 //! grid with what each pair reached, and the [`Calibration`] that serving reads.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
@@ -49,8 +51,47 @@ pub struct Calibration {
     pub mean: f64,
     /// Mean of the metric under a1 = 0, the recommender alone.
     pub recommender_mean: f64,
+    /// Standard error of `mean` over the users; none below two.
+    #[serde(default)]
+    pub se: Option<f64>,
+    /// Standard error of `recommender_mean`.
+    #[serde(default)]
+    pub recommender_se: Option<f64>,
     /// The pair with the highest mean.
     pub best: BestCell,
+    /// The recommender that was fused, where the stage was given it: serving fits it again on everything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recommender: Option<FittedAs>,
+    /// What made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made: Option<Made>,
+}
+
+/// How the recommender of a calibration was fitted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FittedAs {
+    /// Name of the backbone.
+    pub model: String,
+    /// Its hyper-parameters in full.
+    pub hyper: serde_json::Value,
+    /// Epochs that were best on validation. Serving has no validation items to stop by, so their number travels. None for
+    /// a model without epochs.
+    pub epochs: Option<u64>,
+    /// Its figures on validation, `valid_ndcg_10`.
+    pub metrics: BTreeMap<String, f64>,
+    /// sha256 of its files.
+    pub sha256: String,
+}
+
+/// Where a calibration comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Made {
+    /// When, RFC 3339.
+    pub at: String,
+    /// The run.
+    pub run_id: String,
+    /// Digest of all that the choice depends on: settings and the contents of the inputs.
+    pub from: String,
 }
 
 /// The pair with the highest mean.
@@ -87,7 +128,8 @@ impl Calibration {
     /// From the content of [`FILE`]. Errors (exit 65): not JSON, another format, numbers out
     /// of range.
     pub fn from_bytes(bytes: &[u8]) -> Result<Calibration> {
-        let help = "make it again with a `calibrate` stage";
+        let help =
+            "make it again with the pipeline that has the `calibrate` stage: tailfuse run pipelines/calibrate.toml";
         let read: Calibration = serde_json::from_slice(bytes)
             .map_err(|e| Error::data(format!("`{FILE}` is not a calibration")).because(e).with_help(help))?;
         if read.version != FORMAT {
@@ -110,6 +152,8 @@ impl Calibration {
 /// One pair of weights and what it reached.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GridCell {
+    /// Which of the LLM's modes, by its place among those that were compared.
+    pub mode: usize,
     /// a1 of eq. 7.
     pub a1: f64,
     /// a2 of eq. 7; 0 where a1 is 0.
@@ -120,6 +164,8 @@ pub struct GridCell {
     pub difference: f64,
     /// Standard error of `difference`; `None` below two users.
     pub se: Option<f64>,
+    /// Standard error of `mean`; `None` below two users.
+    pub mean_se: Option<f64>,
     /// Whether this is the best cell.
     pub best: bool,
     /// Whether this is the chosen cell.
@@ -159,45 +205,51 @@ pub fn grid(a1: &[f64], a2: &[f64]) -> Result<Vec<Weights>> {
 /// The metric of every user of the sample under every cell.
 #[derive(Clone, Debug)]
 pub struct Trial {
-    /// The cells.
-    pub cells: Vec<Weights>,
+    /// The cells: the LLM's mode by its place, and weights; in the order of preference.
+    pub cells: Vec<(usize, Weights)>,
     /// `[cells][users]`.
     pub values: Vec<Vec<f64>>,
-    /// Users that the LLM ranked for and that have no validation item, left out.
+    /// Users that the LLM ranked for in every mode and that have no validation item, left out.
     pub users_without_valid: usize,
 }
 
 /// Fuses every user that the LLM ranked for under every cell, by the code that serves.
 ///
-/// `valid` has `user_id`, `item_id`, one row per user (of several the first counts).
+/// `modes` has the same shortlists once per mode of the LLM, with its ranks in that mode; at least one. Cells are compared
+/// on the same users: those ranked in every mode. `valid` has `user_id`, `item_id`; of several rows of a user the first counts.
 /// `metric` is given the 1-based place of the validation item in the fused order, `None` where
 /// it is not on the shortlist.
 pub fn try_cells(
-    lists: &Shortlists,
+    modes: &[Shortlists],
     valid: &Table,
     long_tail: &LongTail,
-    cells: Vec<Weights>,
+    weights: Vec<Weights>,
     c: f64,
     metric: impl Fn(Option<usize>) -> f64,
 ) -> Result<Trial> {
-    let users = encode(lists.users(), &valid.ids(USER_ID)?, USER_ID)?;
-    let items = encode(lists.items(), &valid.ids(ITEM_ID)?, ITEM_ID)?;
-    let mut held_out: Vec<Option<Option<u32>>> = vec![None; lists.users().len()];
+    let first = modes.first().ok_or_else(|| Error::internal("a calibration without ranks"))?;
+    let users = encode(first.users(), &valid.ids(USER_ID)?, USER_ID)?;
+    let items = encode(first.items(), &valid.ids(ITEM_ID)?, ITEM_ID)?;
+    let mut held_out: Vec<Option<Option<u32>>> = vec![None; first.users().len()];
     for (user, item) in users.into_iter().zip(items) {
         if let Some(user) = user {
             held_out[user as usize].get_or_insert(item);
         }
     }
-    let asked: Vec<usize> = (0..lists.users().len()).filter(|&u| lists.asked(u)).collect();
+    let asked: Vec<usize> = (0..first.users().len()).filter(|&u| modes.iter().all(|m| m.asked(u))).collect();
     let sample: Vec<usize> = asked.iter().copied().filter(|&u| held_out[u].is_some()).collect();
     let bounds = long_tail.bounds();
-    let value = |cell: &Weights, user: usize| {
+    let value = |&(mode, cell): &(usize, Weights), user: usize| {
+        let lists: &Shortlists = &modes[mode];
         let Some(item) = held_out[user].flatten() else { return metric(None) };
         let history = long_tail.of(&lists.users().ids().get(user));
         let order = lists.fuse(user, cell.alpha(history.coefficient, &bounds), c);
         let place = order.iter().position(|f| lists.of(user)[f.index].candidate.item == item);
         metric(place.map(|p| p + 1))
     };
+    // The recommender alone is the same in every mode.
+    let of_modes = |w: Weights| (0..if w.a1 > 0.0 { modes.len() } else { 1 }).map(move |mode| (mode, w));
+    let cells: Vec<(usize, Weights)> = weights.into_iter().flat_map(of_modes).collect();
     let values = cells.iter().map(|cell| sample.iter().map(|&u| value(cell, u)).collect()).collect();
     Ok(Trial { cells, values, users_without_valid: asked.len() - sample.len() })
 }
@@ -241,12 +293,14 @@ pub fn choose(trial: &Trial, rule: Rule) -> Vec<GridCell> {
         .cells
         .iter()
         .enumerate()
-        .map(|(i, w)| GridCell {
+        .map(|(i, &(mode, w))| GridCell {
+            mode,
             a1: w.a1,
             a2: w.a2,
             mean: means[i],
             difference: compared[i].0,
             se: compared[i].1,
+            mean_se: standard_error(&trial.values[i]),
             best: i == best,
             chosen: i == chosen,
         })
@@ -272,7 +326,7 @@ mod tests {
     use super::*;
 
     fn trial(values: &[&[f64]]) -> Trial {
-        let cells = grid(&[0.1, 0.5], &[0.1, 0.3]).unwrap()[..values.len()].to_vec();
+        let cells = grid(&[0.1, 0.5], &[0.1, 0.3]).unwrap()[..values.len()].iter().map(|&w| (0, w)).collect();
         Trial { cells, values: values.iter().map(|v| v.to_vec()).collect(), users_without_valid: 0 }
     }
 
@@ -364,7 +418,17 @@ mod tests {
             n_users: 200,
             mean: 0.08,
             recommender_mean: 0.07,
+            se: Some(0.01),
+            recommender_se: None,
             best: BestCell { a1: 0.5, a2: 0.1, mean: 0.081 },
+            recommender: Some(FittedAs {
+                model: "lightgcn".to_owned(),
+                hyper: serde_json::json!({ "layers": 2 }),
+                epochs: Some(40),
+                metrics: BTreeMap::from([("valid_ndcg_10".to_owned(), 0.06)]),
+                sha256: "ab".to_owned(),
+            }),
+            made: None,
         }
     }
 
@@ -372,6 +436,16 @@ mod tests {
     fn a_calibration_goes_to_json_and_back() {
         let c = calibration();
         assert_eq!(Calibration::from_bytes(&c.to_bytes().unwrap()).unwrap(), c);
+    }
+
+    #[test]
+    fn a_calibration_of_an_earlier_version_is_still_read() {
+        let mut json: serde_json::Value = serde_json::from_slice(&calibration().to_bytes().unwrap()).unwrap();
+        for key in ["se", "recommender_se", "recommender"] {
+            json.as_object_mut().unwrap().remove(key);
+        }
+        let read = Calibration::from_bytes(json.to_string().as_bytes()).unwrap();
+        assert_eq!((read.a1, read.se, read.recommender), (0.3, None, None));
     }
 
     #[test]

@@ -30,6 +30,9 @@ use crate::tables::{IdColumn, Table};
 pub struct FuseInputs<'a> {
     /// [`FuseInputs::SHORTLIST`].
     pub shortlist: &'a Table,
+    /// [`FuseInputs::SHORTLIST`] for users without any known interaction; those of users who are in `shortlist` are left
+    /// out.
+    pub popular: Option<&'a Table>,
     /// [`FuseInputs::RERANK`], and `source` where it has it; `None` without an LLM.
     pub rerank: Option<&'a Table>,
     /// Users that the LLM was not asked for or failed for: [`FuseInputs::NOT_ASKED`], and
@@ -91,6 +94,8 @@ pub struct FuseCounts {
     pub users_fused: usize,
     /// Those of them for whom the LLM failed.
     pub users_fallback: usize,
+    /// Those of them who get what is popular.
+    pub users_popularity: usize,
     /// Candidates without a title, where an item table is given.
     pub candidates_without_title: usize,
     /// LLM ranks of items that are not on the user's shortlist, left out.
@@ -104,6 +109,14 @@ pub struct FuseCounts {
 /// Fuses (eq. 5 to 7). Errors (exit 65): what [`Shortlists::from_tables`] and
 /// [`LongTail::from_table`] refuse, a user twice among those not asked, an unknown `source`.
 pub fn fuse_tables(inputs: &FuseInputs<'_>, options: &FuseOptions) -> Result<FusedTables> {
+    let with_popular;
+    let inputs = match inputs.popular {
+        None => inputs,
+        Some(popular) => {
+            with_popular = concatenated(inputs.shortlist, popular).map_err(|e| e.at("popular"))?;
+            &FuseInputs { shortlist: &with_popular, popular: None, ..*inputs }
+        }
+    };
     let lists = Shortlists::from_tables(inputs.shortlist, inputs.rerank).map_err(|e| e.at("shortlists"))?;
     let long_tail = LongTail::from_table(inputs.long_tail).map_err(|e| e.at("long-tail table"))?;
     encode(lists.users(), long_tail.users().ids(), USER_ID)?;
@@ -131,6 +144,7 @@ pub fn fuse_tables(inputs: &FuseInputs<'_>, options: &FuseOptions) -> Result<Fus
 
         counts.users_fused += usize::from(from.by_llm());
         counts.users_fallback += usize::from(from == Source::Fallback);
+        counts.users_popularity += usize::from(from == Source::Popularity);
         let moved = |depth: usize| order.iter().take(depth).enumerate().any(|(place, f)| f.index != place);
         counts.users_first_place_changed += usize::from(moved(1));
         counts.users_top_k_changed += usize::from(moved(options.k));
@@ -166,6 +180,38 @@ pub fn fuse_tables(inputs: &FuseInputs<'_>, options: &FuseOptions) -> Result<Fus
     let whole = rows.into_table(&SHORTLIST, &lists, inputs, options)?;
     let recommendations = first_k(&whole, options.k)?;
     Ok(FusedTables { recommendations, shortlist: whole, counts })
+}
+
+/// The shortlists and behind them the lists of users that these lack.
+fn concatenated(shortlist: &Table, popular: &Table) -> Result<Table> {
+    let (users, others) = (shortlist.ids(USER_ID)?, popular.ids(USER_ID)?);
+    let have = IdMap::new(&[&users])?;
+    let new: Vec<u64> =
+        (0..).zip(encode(&have, &others, USER_ID)?).filter(|(_, u)| u.is_none()).map(|(r, _)| r).collect();
+    let new = UInt64Array::from(new);
+    let joined = |name: &str| -> Result<ArrayRef> {
+        let (a, b) = match name {
+            USER_ID | ITEM_ID => (shortlist.ids(name)?.to_array(), popular.ids(name)?.to_array()),
+            REC_RANK => (shortlist.column_as(name, &DataType::Int32)?, popular.column_as(name, &DataType::Int32)?),
+            _ => (shortlist.column_as(name, &DataType::Float32)?, popular.column_as(name, &DataType::Float32)?),
+        };
+        let b = take(&b, &new, None)?;
+        // An empty table's ids may be of another type.
+        Ok(match (a.is_empty(), b.is_empty()) {
+            (true, false) => b,
+            (false, true) => a,
+            _ if a.data_type() != b.data_type() => {
+                return Err(Error::data(format!(
+                    "column `{name}` is {} here and {} in the shortlists",
+                    b.data_type(),
+                    a.data_type()
+                )));
+            }
+            _ => arrow::compute::concat(&[&a, &b])?,
+        })
+    };
+    let columns = FuseInputs::SHORTLIST.into_iter().map(|name| Ok((name, joined(name)?, false)));
+    Table::from_columns(columns.collect::<Result<Vec<_>>>()?)
 }
 
 /// The rows of rank <= k: the columns of `recommendations` are those of `shortlist`.
@@ -223,6 +269,8 @@ impl Rows {
         let llm_row = UInt64Array::from(self.llm_row);
         let of_llm = |name: &str, to: &DataType| taken(inputs.rerank, name, to, &llm_row);
         let instant = DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()));
+        let of_rec = |s: &Source| if *s == Source::Popularity { None } else { options.rec_model.as_deref() };
+        let by_rec = self.source.iter().map(of_rec);
         let by_llm = self.source.iter().map(|s| if s.by_llm() { options.llm_model.as_deref() } else { None });
         let arrays: Vec<ArrayRef> = vec![
             users.take(self.user.iter().copied()).to_array(),
@@ -243,7 +291,7 @@ impl Rows {
             of_llm(PROMPT_DIGEST, &DataType::Utf8)?,
             of_llm(LLM_ASKED_AT, &instant)?,
             Arc::new(StringArray::from_iter_values(std::iter::repeat_n(options.run_id.as_str(), n))),
-            Arc::new(std::iter::repeat_n(options.rec_model.as_deref(), n).collect::<StringArray>()),
+            Arc::new(by_rec.collect::<StringArray>()),
             Arc::new(by_llm.collect::<StringArray>()),
         ];
         spec.table(&users.data_type(), &items.data_type(), arrays)

@@ -6,7 +6,9 @@
 //! *Leave-one-out* (arXiv 2401.13870, section 5.1): per user by time, the last interaction is
 //! test, the one before it validation, the rest train. It trains on other users' future.
 //! *Global time*: one cut for validation and one for test, the same for all users, as a nightly
-//! job would meet the world.
+//! job would meet the world. Users without an interaction in a window are not evaluated on it; what
+//! they did before it is train all the same.
+//! *Nothing*: all is train, for serving.
 
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +58,8 @@ pub enum Method {
         /// Interactions at this time or later are test.
         test_from: i64,
     },
+    /// Everything is train: nothing is held out, and nobody is evaluated.
+    Nothing,
 }
 
 /// A method and who takes part.
@@ -111,8 +115,8 @@ impl Split {
     }
 }
 
-/// Splits. Errors (exit 65): nobody can be evaluated, no timestamps for a split by time,
-/// an empty train, validation or test part.
+/// Splits. Errors (exit 65): nobody can be evaluated (but for [`Method::Nothing`]), no timestamps for a
+/// split by time, an empty train, validation or test part.
 pub fn split(ordered: &Ordered, rule: &SplitRule) -> Result<Split> {
     match rule.method {
         Method::LeaveOneOut => leave_one_out(ordered, rule),
@@ -122,7 +126,31 @@ pub fn split(ordered: &Ordered, rule: &SplitRule) -> Result<Split> {
             by_time(ordered, times, cuts, rule)
         }
         Method::TimeCuts { valid_from, test_from } => by_time(ordered, times(ordered)?, (valid_from, test_from), rule),
+        Method::Nothing => nothing_held_out(ordered),
     }
+}
+
+fn nothing_held_out(ordered: &Ordered) -> Result<Split> {
+    let n = ordered.rows.len();
+    if n == 0 {
+        return Err(Error::data("the log has no interactions")
+            .with_help("look at the source's path, its filter and its columns"));
+    }
+    let ranges = ordered.user_ranges();
+    let mut positions = vec![0; n];
+    for range in &ranges {
+        range.clone().enumerate().for_each(|(position, row)| positions[row] = position as i32);
+    }
+    Ok(Split {
+        parts: vec![Part::Train; n],
+        in_history: vec![true; n],
+        positions,
+        evaluated: vec![false; ranges.len()],
+        interactions: ranges.iter().map(|range| range.len() as i64).collect(),
+        users_too_few: 0,
+        users_tied: 0,
+        cuts: None,
+    })
 }
 
 fn times(ordered: &Ordered) -> Result<&[i64]> {
@@ -281,6 +309,38 @@ mod tests {
         // A user who is not evaluated keeps the whole history: nothing of it is held out.
         assert_eq!(strict.interactions, [2, 2]);
         assert_eq!(strict.in_history, [true, true, false, false, true, true]);
+    }
+
+    #[test]
+    fn with_nothing_held_out_all_is_train_and_known() {
+        let ordered = clean(&log(&[(1, 10, 1., 4), (1, 11, 1., 1), (2, 10, 1., 1)]), 0).unwrap();
+        let all = split(&ordered, &timed(Method::Nothing)).unwrap();
+        assert_eq!((all.count(Part::Train), all.count(Part::SetAside)), (3, 0));
+        assert_eq!((all.in_history, all.positions), (vec![true; 3], vec![0, 1, 0]));
+        assert_eq!((all.evaluated, all.interactions), (vec![false; 2], vec![2, 1]));
+    }
+
+    #[test]
+    fn users_outside_the_windows_stay_in_train() {
+        let ordered = clean(
+            &log(&[
+                (1, 1, 1., 1),
+                (1, 2, 1., 5),
+                (1, 3, 1., 9),
+                (2, 1, 1., 1),
+                (2, 2, 1., 2),
+                (2, 3, 1., 3), // nothing in either window
+                (3, 1, 1., 2),
+                (3, 2, 1., 3),
+                (3, 4, 1., 9), // nothing in the validation window
+            ]),
+            0,
+        )
+        .unwrap();
+        let split_ = split(&ordered, &timed(Method::TimeCuts { valid_from: 5, test_from: 8 })).unwrap();
+        use Part::*;
+        assert_eq!(split_.parts, [Train, Valid, Test, Train, Train, Train, Train, Train, Test]);
+        assert_eq!(split_.evaluated, [true, false, true]);
     }
 
     #[test]

@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use arrow::datatypes::SchemaRef;
 
 use super::Pipeline;
+use super::artifact_source;
 use super::nodes::{Surroundings, source_store};
 use super::run::check_columns;
-use crate::error::Result;
+use crate::error::{Fault, Result};
 use crate::stages::What;
 use crate::tables::Store;
 use crate::tables::source::source_schema;
@@ -37,6 +38,14 @@ pub async fn check(pipeline: &Pipeline, around: &Surroundings) -> Result<Checked
     let mut schemas: BTreeMap<(String, String), SchemaRef> = BTreeMap::new();
     for (name, config) in &pipeline.sources {
         match source_store(pipeline, config, around, None).await? {
+            Some(store) if artifact_source::is_artifact(config) => {
+                if let Err(e) = artifact_source::find(name, config, &store).await {
+                    match e.fault {
+                        Fault::Data => checked.lines.push(e.to_string()),
+                        _ => return Err(e),
+                    }
+                }
+            }
             None => checked.lines.push(format!("source `{name}`: not fetched yet, its columns are not checked")),
             Some(store) => {
                 let schema = source_schema(name, config, &store).await?;

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 
 use serde_json::Value;
 
+use super::artifact_source::FILES;
 use super::diagnostics::{Diagnostic, list, suggest};
 use super::document::{Item, Origin};
 use super::spec::stage_seed;
@@ -108,6 +109,7 @@ pub fn build(
     duplicate_tables(&resolved, out);
     let names = Names {
         sources: sources.iter().map(|s| s.name.as_str()).collect(),
+        artifacts: sources.iter().filter(|s| s.is_artifact()).map(|s| s.name.as_str()).collect(),
         stages: stage_names.iter().map(String::as_str).collect(),
         outputs: resolved.iter().map(|r| (r.node.name.clone(), r.node.outputs.clone())).collect(),
     };
@@ -203,6 +205,8 @@ fn duplicate_tables(stages: &[Resolved], out: &mut Vec<Diagnostic>) {
 /// What references can name.
 struct Names<'a> {
     sources: Vec<&'a str>,
+    /// Those of them that are artifacts.
+    artifacts: Vec<&'a str>,
     /// All stages, those with mistakes too.
     stages: Vec<&'a str>,
     /// The outputs of the stages without mistakes.
@@ -229,6 +233,28 @@ impl Names<'_> {
             Some((name, output)) => (name, Some(output)),
             None => (reference, None),
         };
+        if self.artifacts.contains(&name) {
+            return match (slot.what, output.unwrap_or(FILES)) {
+                (What::Artifact, FILES) => Ok(Some((Node::Source(name.to_owned()), FILES.to_owned()))),
+                (What::Artifact, other) => Err(Diagnostic::new(
+                    format!("source `{name}` has no output `{other}`"),
+                    place(),
+                    "there is no such output",
+                )
+                .with_suggestion(other, [FILES], "its output is")),
+                (What::Table, _) => {
+                    let mistake = Diagnostic::new(
+                        format!(
+                            "`{}` of stage `{stage}` wants a table, but the source `{name}` is an artifact",
+                            slot.slot
+                        ),
+                        place(),
+                        "an artifact",
+                    );
+                    Err(with_fitting(mistake, &self.all(What::Table)))
+                }
+            };
+        }
         if self.sources.contains(&name) {
             if slot.what == What::Artifact {
                 let mistake = Diagnostic::new(
@@ -312,7 +338,8 @@ impl Names<'_> {
         let stages = self.outputs.iter().flat_map(|(stage, outputs)| {
             outputs.iter().filter(|o| o.what == wanted).map(move |o| format!("{stage}.{}", o.name))
         });
-        let sources = self.sources.iter().filter(|_| wanted == What::Table).map(|s| (*s).to_owned());
+        let fits = |s: &&&str| self.artifacts.contains(*s) == (wanted == What::Artifact);
+        let sources = self.sources.iter().filter(fits).map(|s| (*s).to_owned());
         sources.chain(stages).collect()
     }
 }

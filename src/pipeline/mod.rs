@@ -5,6 +5,7 @@
 //! `parse` (text -> tree with places), `params` (templates), `validate` with `schema_walk`
 //! (tree -> configs), `graph` (references -> order), `spec` (all of it: [`load`]).
 
+pub mod artifact_source;
 pub mod cache;
 pub mod check;
 pub mod diagnostics;

@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 
 use super::Pipeline;
+use super::artifact_source;
 use super::cache::{Cache, Record};
 use super::graph::ResolvedInput;
 use super::nodes::{Digests, Surroundings, source_identity, source_store, stage_identity};
 use super::run::RunOptions;
-use crate::error::Result;
+use crate::error::{Fault, Result};
 use crate::stages::context::Estimate;
 use crate::tables::Store;
 
@@ -61,6 +62,15 @@ pub async fn plan(pipeline: &Pipeline, around: &Surroundings, options: &RunOptio
         let mut node = PlannedNode::new(name, "source", Vec::new());
         match source_store(pipeline, config, around, None).await? {
             None => node.state = will_run("not fetched yet"),
+            Some(store) if artifact_source::is_artifact(config) => {
+                match artifact_source::find(name, config, &store).await {
+                    Ok((_, identity)) => {
+                        look_up(&cache, &forced, &mut node, identity.fingerprint(), "new or published again").await?;
+                    }
+                    Err(e) if e.fault == Fault::Data => node.state = will_run("there is nothing at its `uri` yet"),
+                    Err(e) => return Err(e),
+                }
+            }
             Some(store) => {
                 let fingerprint = source_identity(name, config, &store).await?.fingerprint();
                 look_up(&cache, &forced, &mut node, fingerprint, "new or changed files or settings").await?;
@@ -79,7 +89,12 @@ pub async fn plan(pipeline: &Pipeline, around: &Surroundings, options: &RunOptio
         }
         match stage_identity(stage, &known, &models) {
             Err(upstream) => node.state = will_run(&format!("after `{upstream}`")),
-            Ok(_) if !stage.stage.cacheable() => node.state = will_run("publishes in every run"),
+            Ok(identity) if !stage.stage.cacheable() => {
+                let publishes = stage.kind.name.starts_with("write");
+                node.state = will_run(if publishes { "publishes in every run" } else { "asked in every run" });
+                // What it gave last time can be read all the same.
+                node.record = cache.find(&identity.fingerprint()).await?;
+            }
             Ok(identity) => {
                 look_up(&cache, &forced, &mut node, identity.fingerprint(), "new or changed settings or inputs")
                     .await?;

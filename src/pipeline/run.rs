@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use serde_json::{Map, Value};
 
+use super::artifact_source;
 use super::cache::{Cache, Record, table_record};
 use super::events::{Events, NodePlace};
 use super::fingerprint::Identity;
@@ -17,7 +18,7 @@ use super::{Pipeline, StageNode};
 use crate::catalog::FetchProgress;
 use crate::error::{Error, Result};
 use crate::stages::context::Cancel;
-use crate::stages::{ModelFile, StageContext, StageInput, What};
+use crate::stages::{ModelFile, StageContext, StageInput, StageResult, What};
 use crate::tables::source::{SourceReport, SourceTarget, read_source};
 use crate::tables::source_config::SourceConfig;
 use crate::tables::{SqlMemory, Store, Table};
@@ -183,6 +184,9 @@ impl Run<'_> {
         let fetch = FetchLines(self.events.as_ref(), observer.clone());
         let store = source_store(self.pipeline, config, self.around, Some(&fetch)).await?;
         let store = store.ok_or_else(|| Error::internal("a fetched source has no place"))?;
+        if artifact_source::is_artifact(config) {
+            return self.artifact(place, config, &store, forced).await;
+        }
         let identity = source_identity(&place.name, config, &store).await?;
         let fingerprint = identity.fingerprint();
         if !forced && let Some(record) = self.cache.find(&fingerprint).await? {
@@ -211,6 +215,36 @@ impl Run<'_> {
         let record = self.record(&identity, place, began, counters, outputs);
         self.cache.complete(&folder, &record).await?;
         Ok((record, false))
+    }
+
+    /// A source that is an artifact. Its age is looked at in every run.
+    async fn artifact(
+        &self,
+        place: &NodePlace,
+        config: &SourceConfig,
+        store: &Store,
+        forced: bool,
+    ) -> Result<(Record, bool)> {
+        let began = Instant::now();
+        let (found, identity) = artifact_source::find(&place.name, config, store).await?;
+        let known = match forced {
+            true => None,
+            false => self.cache.find(&identity.fingerprint()).await?,
+        };
+        let cached = known.is_some();
+        let mut record = match known {
+            Some(record) => record,
+            None => {
+                let artifact = artifact_source::read(&place.name, config, store, found.as_ref()).await?;
+                let result = StageResult::default().with_artifact(artifact_source::FILES, artifact);
+                self.cache.store(&identity, &place.name, &self.run_id, began, result).await?
+            }
+        };
+        record.counters = artifact_source::counters(&place.name, config, found.as_ref(), chrono::Utc::now());
+        if let Some(warning) = artifact_source::warning(&record) {
+            self.events.line(&format!("warning: {warning}"));
+        }
+        Ok((record, cached))
     }
 
     fn record(
@@ -262,6 +296,7 @@ impl Run<'_> {
             savings: self.savings.clone(),
             warehouse: self.warehouse.clone(),
             run_id: self.run_id.clone(),
+            fingerprint: identity.fingerprint(),
             memory_limit: self.pipeline.memory_limit,
             spill_dir: self.pipeline.spill_dir.clone(),
             observer,

@@ -208,8 +208,9 @@ pub async fn texts(pipeline: &Pipeline, report: &RunReport) -> Result<Vec<String
     let tables = published(pipeline, report).await?;
     let places: Vec<String> =
         tables.iter().map(|t| format!("{} rows: {}", t["rows"], t["uri"].as_str().unwrap_or_default())).collect();
-    if let Some(first) = tables.first() {
-        let table = first["table"].as_str().unwrap_or_default();
+    // The last one: what was asked of it may have been published before it.
+    if let Some(last) = tables.last() {
+        let table = last["table"].as_str().unwrap_or_default();
         let question = match of_kind(report, "fuse").next() {
             Some(_) => format!(
                 "select user_id, rank, title, rec_rank, llm_rank, alpha, source from {table} order by alpha desc, user_id, rank limit 10"

@@ -25,6 +25,13 @@ pub struct CheckedSource {
     pub config: Option<SourceConfig>,
 }
 
+impl CheckedSource {
+    /// Whether it is an artifact and no table.
+    pub fn is_artifact(&self) -> bool {
+        self.config.as_ref().is_some_and(super::artifact_source::is_artifact)
+    }
+}
+
 /// A stage of the file.
 pub struct CheckedStage {
     /// Its name.
@@ -192,6 +199,21 @@ fn source(entry: &Entry, schema: &Value, out: &mut Vec<Diagnostic>) -> CheckedSo
             .ok(),
         false => None,
     };
+    let config: Option<SourceConfig> = config;
+    if config.as_ref().is_some_and(|c| !super::artifact_source::is_artifact(c)) {
+        for key in ["max_age_days", "optional", "made_by"] {
+            if let Some(found) = entry.item.entry(key) {
+                out.push(
+                    Diagnostic::new(
+                        format!("`{key}` of source `{name}` is for artifacts"),
+                        found.key_origin.clone(),
+                        "not read",
+                    )
+                    .with_help("remove it, or set role = \"artifact\" where the source is a calibration or a model"),
+                );
+            }
+        }
+    }
     CheckedSource { name, config }
 }
 

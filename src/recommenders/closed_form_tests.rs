@@ -43,7 +43,7 @@ pub fn assert_close(got: &[f32], want: &[f32], near_zero: f32, what: &str) {
 
 fn fit_watched(name: &str, hyper: &Value, data: &Interactions<'_>, seed: u64, watch: &dyn Watch) -> Result<Fit> {
     let recommender = registry::find(name)?.recommender(hyper)?;
-    recommender.fit(data, &FitContext { seed, device: &Device::Cpu, watch, checkpoints: None })
+    recommender.fit(data, &FitContext { seed, device: &Device::Cpu, watch, checkpoints: None, warm: None })
 }
 
 fn fit(name: &str, hyper: &Value, train: &Histories, n_items: usize) -> Box<dyn Scorer> {

@@ -47,6 +47,7 @@ pub mod sgl;
 pub mod sparse;
 pub mod topk;
 pub mod trainer;
+pub mod warm;
 pub mod xdeepfm;
 
 use crate::device::Device;
@@ -96,6 +97,8 @@ pub struct FitContext<'a> {
     pub watch: &'a dyn Watch,
     /// Where an interrupted fit is kept, if anywhere.
     pub checkpoints: Option<&'a dyn trainer::Checkpoints>,
+    /// Weights to start from, for backbones that learn step by step; closed forms do without.
+    pub warm: Option<&'a warm::WarmStart>,
 }
 
 /// One epoch of training.

@@ -97,6 +97,9 @@ impl<R: PairRecommender> OnBackend for Task<'_, R> {
         let mut params = Params::<B>::new(device);
         let sampler = NegativeSampler::new(data.train, data.n_items);
         let model = recommender.model(data, &mut params, &sampler, &mut ChaCha8Rng::seed_from_u64(ctx.seed))?;
+        if let Some(warm) = ctx.warm {
+            warm.apply(&mut params)?;
+        }
         let pairs = Pairs::new(sampler);
         // With nothing to learn from the initial weights are the model.
         let epochs = if pairs.is_empty() { 0 } else { schedule.epochs };

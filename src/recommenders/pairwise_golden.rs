@@ -165,7 +165,7 @@ pub fn contract(name: &str, given: Value) {
     let fit = |train: &Histories, n_items, valid: &[(u32, u32)], seed| {
         let data = Interactions { n_users: train.n_users(), n_items, train, valid };
         recommender
-            .fit(&data, &FitContext { seed, device: &Device::Cpu, watch: &Unwatched, checkpoints: None })
+            .fit(&data, &FitContext { seed, device: &Device::Cpu, watch: &Unwatched, checkpoints: None, warm: None })
             .unwrap()
     };
     const N: u32 = 12;
@@ -185,7 +185,7 @@ pub fn contract(name: &str, given: Value) {
     // Stopped in its 21st epoch and resumed.
     let data = Interactions { n_users: N as usize, n_items: N as usize, train: &train, valid: &[] };
     let (kept, stop) = (Kept::default(), Stop(AtomicUsize::new(20)));
-    let context = |watch, checkpoints| FitContext { seed: 3, device: &Device::Cpu, watch, checkpoints };
+    let context = |watch, checkpoints| FitContext { seed: 3, device: &Device::Cpu, watch, checkpoints, warm: None };
     assert!(recommender.fit(&data, &context(&stop, Some(&kept))).is_err());
     let resumed = recommender.fit(&data, &context(&Unwatched, Some(&kept))).unwrap();
     assert_eq!(resumed.epochs.len(), 60);

@@ -506,7 +506,9 @@ mod tests {
         let hyper = serde_json::json!({"dnn_hidden_units": [4], "epochs": 2});
         let model = registry::find("deepfm").unwrap().rating_recommender(&hyper).unwrap();
         let device = &crate::device::Device::Cpu;
-        let fit = model.fit(&data, &FitContext { seed: 1, device, watch: &Unwatched, checkpoints: None }).unwrap();
+        let fit = model
+            .fit(&data, &FitContext { seed: 1, device, watch: &Unwatched, checkpoints: None, warm: None })
+            .unwrap();
         let saved = TrainedRater {
             card: ModelCard::new("deepfm", model.hyper(), 3, 4),
             users: IdMap::new(&[&strings(&["a", "b", "c"])]).unwrap(),

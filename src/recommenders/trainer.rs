@@ -283,7 +283,11 @@ mod tests {
 
     fn fit(learner: &mut Told, schedule: &Schedule, kept: Option<&Kept>) -> Result<Trained<f32>> {
         let checkpoints = kept.map(|k| k as &dyn Checkpoints);
-        run(learner, schedule, &FitContext { seed: 1, device: &Device::Cpu, watch: &Unwatched, checkpoints })
+        run(
+            learner,
+            schedule,
+            &FitContext { seed: 1, device: &Device::Cpu, watch: &Unwatched, checkpoints, warm: None },
+        )
     }
 
     #[test]

@@ -147,6 +147,8 @@ pub struct StageContext {
     pub warehouse: Store,
     /// Id of this run.
     pub run_id: String,
+    /// Digest of all that the result depends on: kind, config, contents of the inputs, weights, seed.
+    pub fingerprint: String,
     /// Memory that SQL may use, in bytes, and where it spills.
     pub memory_limit: usize,
     /// Where SQL spills what exceeds `memory_limit`; the system's temporary folder when `None`.

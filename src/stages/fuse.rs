@@ -39,6 +39,10 @@ pub struct FuseConfig {
     /// has get the reason `not_asked`.
     #[serde(default)]
     pub not_asked: Option<String>,
+    /// Lists for users without any known interaction, of a `popular` stage: the columns of `shortlist`. Those of users who
+    /// are in `shortlist` are left out. Their rows have the source `popularity` and the reason `cold_user`.
+    #[serde(default)]
+    pub popular: Option<String>,
     /// Long-tail coefficients: `user_id`, `interactions`, `long_tail_coefficient`, `bucket`, one
     /// row per user. A user that it lacks has no known interaction.
     pub long_tail: String,
@@ -92,7 +96,7 @@ fn default_a2() -> f64 {
 /// The `fuse` stage kind.
 pub const KIND: StageKind = StageKind {
     name: "fuse",
-    version: 1,
+    version: 2,
     about: "Mixes the recommender's order with the LLM's, the LLM weighing more for users with little history.",
     sample: r#"shortlist = "shortlists"
 rerank = "reranked"
@@ -144,7 +148,8 @@ impl Stage for Fuse {
             InputSlot::table("shortlist", &c.shortlist, &FuseInputs::SHORTLIST),
             InputSlot::table("long_tail", &c.long_tail, &LongTail::COLUMNS),
         ];
-        let tables: [(&str, &Option<String>, &[&'static str]); 3] = [
+        let tables: [(&str, &Option<String>, &[&'static str]); 4] = [
+            ("popular", &c.popular, &FuseInputs::SHORTLIST),
             ("rerank", &c.rerank, &FuseInputs::RERANK),
             ("not_asked", &c.not_asked, &FuseInputs::NOT_ASKED),
             ("items", &c.items, &FuseInputs::ITEMS),
@@ -199,6 +204,7 @@ impl Stage for Fuse {
         let rerank = ctx.collect_opt("rerank").await?;
         let not_asked = ctx.collect_opt("not_asked").await?;
         let items = ctx.collect_opt("items").await?;
+        let popular = ctx.collect_opt("popular").await?;
         let config = self.config.clone();
 
         let calibrated = match config.calibration.is_some() {
@@ -228,6 +234,7 @@ impl Stage for Fuse {
         let fused = tokio::task::spawn_blocking(move || {
             let inputs = FuseInputs {
                 shortlist: &shortlist,
+                popular: popular.as_ref(),
                 rerank: rerank.as_ref(),
                 not_asked: not_asked.as_ref(),
                 long_tail: &long_tail,
@@ -247,6 +254,7 @@ impl Stage for Fuse {
             .with_counter("users", n.users)
             .with_counter("users_fused", n.users_fused)
             .with_counter("users_fallback", n.users_fallback)
+            .with_counter("users_popularity", n.users_popularity)
             .with_counter("users_first_place_changed", n.users_first_place_changed)
             .with_counter("users_top_k_changed", n.users_top_k_changed)
             .with_counter("candidates_without_title", n.candidates_without_title)

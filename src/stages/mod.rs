@@ -5,12 +5,14 @@
 //! In: [`StageContext`]. Out: [`StageResult`]. Adding a kind: one file here, one `pub mod`
 //! line and one entry in [`registry::KINDS`].
 
+pub mod audit;
 pub mod calibrate;
 pub mod context;
 pub mod evaluate;
 pub mod finetune;
 pub mod fuse;
 pub mod instruct;
+pub mod popular;
 pub mod predict;
 pub mod prompt;
 pub mod recommend;
@@ -24,6 +26,7 @@ pub mod sql;
 pub mod train;
 pub mod train_items;
 pub mod write;
+pub mod write_artifact;
 
 pub use context::{
     Artifact, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageInput,

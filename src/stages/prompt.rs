@@ -26,6 +26,7 @@ use crate::columns::{
     POSITION, PROMPT, PROMPT_DIGEST, PROMPT_TOKENS, RANK, REASON, REC_RANK, SYSTEM, TITLE, TITLES_TRIMMED, USER_ID,
 };
 use crate::error::{Error, Result};
+use crate::fusion::{Calibration, calibration};
 use crate::llm::{ChatTokenizer, Message};
 use crate::prompts::templates::{TOPK_SYSTEM, TOPK_USER};
 use crate::prompts::{CandidateOrder, CandidateStyle, Templates};
@@ -85,6 +86,9 @@ pub struct PromptConfig {
     /// How candidates are listed: `letters` for `mode = "label"` (the default), `titles` for `likelihood` and `generate`.
     #[serde(default)]
     pub candidate_style: CandidateStyle,
+    /// A calibration: the style that its mode needs, in place of `candidate_style`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<String>,
     /// Prompts per user, each with another order of the candidates; default 1.
     #[serde(default = "default_permutations")]
     #[schemars(range(min = 1, max = 100))]
@@ -193,6 +197,7 @@ impl Stage for PromptStage {
         if let Some(reference) = &c.users {
             inputs.push(InputSlot::table("users", reference, &[USER_ID]));
         }
+        inputs.extend(c.calibration.as_ref().map(|r| InputSlot::artifact("calibration", r)));
         inputs
     }
 
@@ -254,7 +259,14 @@ impl Stage for PromptStage {
         };
         let model = ctx.model(&self.config.model)?.path.clone();
         let templates = Templates::new(&self.system_template, &self.user_template)?;
-        let (config, seed) = (self.config.clone(), ctx.seed);
+        let (mut config, seed) = (self.config.clone(), ctx.seed);
+        if config.calibration.is_some() {
+            let chosen = Calibration::from_bytes(ctx.artifact("calibration")?.1.file(calibration::FILE)?)?;
+            config.candidate_style = match super::rerank::Mode::parse(&chosen.mode)? {
+                super::rerank::Mode::Label => CandidateStyle::Letters,
+                _ => CandidateStyle::Titles,
+            };
+        }
         let (observer, cancel) = (ctx.observer.clone(), ctx.cancel.clone());
         tokio::task::spawn_blocking(move || {
             let tokenizer = ChatTokenizer::open(&model)?;

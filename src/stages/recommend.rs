@@ -13,7 +13,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::context::{Artifact, InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What};
+use super::context::{
+    Artifact, InputSlot, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageResult, What,
+};
 use super::registry::StageKind;
 use super::train::outputs::id_type;
 use crate::columns::{ITEM_ID, REC_RANK, REC_SCORE, USER_ID};
@@ -22,6 +24,8 @@ use crate::interactions::{Histories, IdMap};
 use crate::recommenders::saved::TrainedModel;
 use crate::recommenders::topk::{self, Scored};
 use crate::tables::{IdColumn, Table};
+
+mod cold;
 
 /// `kind = "recommend"`.
 pub const KIND: StageKind = StageKind {
@@ -42,7 +46,7 @@ k = 20
 ///
 /// Counters: `users` (with a shortlist), `rows`, `users_unknown` (left out: not in the model), `users_without_history` (left
 /// out: in `users` but not in `history`), `users_short` (fewer than k items), `history_rows_unknown` (rows whose item is not in the model: it
-/// cannot be recommended, so nothing is masked).
+/// cannot be recommended, so nothing is masked), `new_items` (places that went to new items).
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RecommendConfig {
@@ -58,6 +62,21 @@ pub struct RecommendConfig {
     #[serde(default = "default_k")]
     #[schemars(range(min = 1, max = 10_000))]
     pub k: u32,
+    /// Share of a shortlist that is kept for new items, which nobody in `history` has an interaction with: the last
+    /// places, `cold_share * k` of them rounded down. In [0, 1), default 0. The recommender knows nothing of such items; they come
+    /// from `cold`.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub cold_share: f64,
+    /// Shortlists from what can score items without interactions, such as a `train_items` model that reads their titles:
+    /// `user_id`, `item_id`, `rec_rank`, `rec_score`. Each user gets the first of their new items; scores are kept as they
+    /// are, on the scale of what made them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cold: Option<String>,
+}
+
+fn is_zero(share: &f64) -> bool {
+    *share == 0.0
 }
 
 fn default_k() -> u32 {
@@ -70,8 +89,19 @@ fn resolve(value: Value, _: &ResolveContext<'_>) -> Result<Box<dyn Stage>> {
     if !(1..=10_000).contains(&config.k) {
         return Err(Error::spec(format!("`k` is {}", config.k)).with_help("allowed is 1 to 10000"));
     }
+    if !(0.0..1.0).contains(&config.cold_share) {
+        return Err(Error::spec(format!("`cold_share` is {}", config.cold_share)).with_help("it lies in [0, 1)"));
+    }
+    if (config.cold_share > 0.0) != config.cold.is_some() {
+        return Err(Error::spec("`cold_share` and `cold` belong together").with_help(
+            "new items need something that can score them: name its shortlists in `cold`, and a share of the places",
+        ));
+    }
     Ok(Box::new(Recommend { config }))
 }
+
+/// The output.
+const SHORTLIST: &str = "shortlist";
 
 struct Recommend {
     config: RecommendConfig,
@@ -93,12 +123,13 @@ impl Stage for Recommend {
         let mut slots =
             vec![InputSlot::artifact("model", &c.model), InputSlot::table("history", &c.history, &[USER_ID, ITEM_ID])];
         slots.extend(c.users.as_ref().map(|r| InputSlot::table("users", r, &[USER_ID])));
+        slots.extend(c.cold.as_ref().map(|r| InputSlot::table("cold", r, &[USER_ID, ITEM_ID, REC_RANK, REC_SCORE])));
         slots
     }
 
     fn outputs(&self) -> Vec<OutputSlot> {
         vec![OutputSlot {
-            name: "shortlist",
+            name: SHORTLIST,
             what: What::Table,
             about: "`user_id`, `item_id`, `rec_rank` (1-based), `rec_score`, sorted by user and rank.",
         }]
@@ -120,15 +151,23 @@ impl Stage for Recommend {
         let artifact = ctx.artifact("model")?.1.clone();
         let history = ctx.collect("history").await?;
         let users = ctx.collect_opt("users").await?;
+        let cold = ctx.collect_opt("cold").await?;
+        let places = (self.config.cold_share * f64::from(self.config.k) + 1e-9).floor() as usize;
         let (k, observer, cancel) = (self.config.k as usize, ctx.observer.clone(), ctx.cancel.clone());
         let work = move || {
-            shortlists(&artifact, &history, users.as_ref(), k, &|event| {
+            let mut result = shortlists(&artifact, &history, users.as_ref(), k, &|event| {
                 match event {
                     Event::Begin(n) => observer.begin("users", n as u64),
                     Event::Done(n) => observer.advance(n as u64),
                 }
                 cancel.check()
-            })
+            })?;
+            if let (Some(cold), Some(OutputTable::Memory(table))) = (&cold, result.tables.get(SHORTLIST)) {
+                let (with_new, entered) = cold::entered(table, cold, &history, k, places)?;
+                result = result.with_counter("rows", with_new.num_rows()).with_counter("new_items", entered);
+                result.tables.insert(SHORTLIST, OutputTable::Memory(with_new));
+            }
+            Ok(result)
         };
         tokio::task::spawn_blocking(work).await?
     }
@@ -230,7 +269,6 @@ mod tests {
     use crate::error::Fault;
     use crate::recommenders::embedding_scorer::EmbeddingScorer;
     use crate::recommenders::saved::ModelCard;
-    use crate::stages::OutputTable;
     use arrow::array::{ArrayRef, Int64Array, StringArray};
 
     /// Users a, b, c; items 1 to 4; the score of item n is n for a and b, -n for c.

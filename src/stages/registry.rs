@@ -28,6 +28,7 @@ pub static KINDS: &[StageKind] = &[
     super::search::KIND,
     super::train::KIND,
     super::recommend::KIND,
+    super::popular::KIND,
     super::predict::KIND,
     super::similar::KIND,
     super::prompt::KIND,
@@ -39,7 +40,9 @@ pub static KINDS: &[StageKind] = &[
     super::calibrate::KIND,
     super::fuse::KIND,
     super::evaluate::KIND,
+    super::audit::KIND,
     super::write::KIND,
+    super::write_artifact::KIND,
 ];
 
 /// The kind of that name.

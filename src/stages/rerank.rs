@@ -25,6 +25,7 @@ use self::questions::{Maker, Prompts, Question, interactions_of};
 use self::whom::{Known, asking_order, divide};
 use crate::columns::*;
 use crate::error::{Error, Result};
+use crate::fusion::{Calibration, calibration};
 use crate::llm::ChatTokenizer;
 use crate::llm::ledger::Ledger;
 use crate::llm::ledger::orders::Orders;
@@ -49,14 +50,21 @@ fn resolve(config: serde_json::Value, _ctx: &ResolveContext<'_>) -> Result<Box<d
     let config: RerankConfig =
         serde_json::from_value(config).map_err(|e| Error::spec("the config does not fit").because(e))?;
     let remote = config.resolve()?;
-    Ok(Box::new(Rerank { config, remote }))
+    Ok(Box::new(Rerank { config, remote, no_weight: false }))
 }
 
 struct Rerank {
     config: RerankConfig,
     /// The server, where there is one.
     remote: Option<RemoteSpec>,
+    /// Whether a calibration gives the LLM no weight, so that nobody is asked.
+    no_weight: bool,
 }
+
+/// Slot of the calibration.
+const CALIBRATION: &str = "calibration";
+/// Reason: the calibration gives the LLM no weight.
+const NO_WEIGHT: &str = "a1_is_0";
 
 #[async_trait]
 impl Stage for Rerank {
@@ -72,6 +80,7 @@ impl Stage for Rerank {
         if let Some(skipped) = &self.config.skipped {
             inputs.push(InputSlot::table("skipped", skipped, &[USER_ID, REASON]));
         }
+        inputs.extend(self.config.calibration.as_ref().map(|r| InputSlot::artifact(CALIBRATION, r)));
         inputs
     }
 
@@ -153,6 +162,34 @@ impl Stage for Rerank {
     }
 
     async fn run(&self, ctx: &StageContext) -> Result<StageResult> {
+        match self.calibrated(ctx)? {
+            Some(calibrated) => calibrated.ask(ctx).await,
+            None => self.ask(ctx).await,
+        }
+    }
+}
+
+impl Rerank {
+    /// This stage as a calibration wants it; `None` where the config names none.
+    fn calibrated(&self, ctx: &StageContext) -> Result<Option<Rerank>> {
+        if self.config.calibration.is_none() {
+            return Ok(None);
+        }
+        let chosen = Calibration::from_bytes(ctx.artifact(CALIBRATION)?.1.file(calibration::FILE)?)?;
+        let mut config = self.config.clone();
+        config.mode = Mode::parse(&chosen.mode).map_err(|e| e.at(format!("`{}`", calibration::FILE)))?;
+        let mut no_weight = false;
+        if chosen.a1 == 0.0 {
+            ctx.observer.note("the calibration gives the LLM no weight: nobody is asked");
+            config.budget = Budget { users: Some(0), ..config.budget };
+            config.reuse = None;
+            no_weight = true;
+        }
+        let remote = config.resolve()?;
+        Ok(Some(Rerank { config, remote, no_weight }))
+    }
+
+    async fn ask(&self, ctx: &StageContext) -> Result<StageResult> {
         let prompts = Prompts::read(&ctx.collect("prompts").await?)?;
         let interactions = interactions_of(&ctx.collect("long_tail").await?)?;
         // Keys need the token ids, so tokenise first; the weights are loaded only if something is left to ask.
@@ -231,7 +268,8 @@ impl Stage for Rerank {
         for (user, kept) in whom.reused {
             outcome.reranked.push(&user, kept, "reused");
         }
-        let not_asked = not_asked(&whom.left_out, &outcome.failed, ctx.collect_opt("skipped").await?)?;
+        let why_left_out = if self.no_weight { NO_WEIGHT } else { "budget" };
+        let not_asked = not_asked((&whom.left_out, why_left_out), &outcome.failed, ctx.collect_opt("skipped").await?)?;
         let rate = |n: f64| match n_open {
             0 => serde_json::Value::Null,
             _ => serde_json::json!((n / seconds * 100.0).round() / 100.0),
@@ -273,9 +311,7 @@ impl Stage for Rerank {
             .with_table("not_asked", not_asked)
             .with_table("order_bias", outcome.bias.into_table(&prompts)?))
     }
-}
 
-impl Rerank {
     /// Whether a server needs the chat in the template of a model that is here.
     fn needs_template(&self) -> bool {
         self.config.mode == Mode::Likelihood && self.remote.as_ref().is_some_and(|r| r.dialect != Dialect::Vllm)

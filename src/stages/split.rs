@@ -41,8 +41,11 @@ pub enum Strategy {
     /// (arXiv 2401.13870, section 5.1). Trains on other users' future.
     #[default]
     LeaveOneOut,
-    /// Two points in time, the same for all users: train, then validation, then test.
+    /// Two points in time, the same for all users: train, then validation, then test. Users without an interaction in a
+    /// window are not evaluated on it; what they did before is train.
     GlobalTime,
+    /// Nothing is held out: everything is train, for serving. `valid` and `test` are empty.
+    None,
 }
 
 /// Cleans an interaction table, orders each user's interactions and holds out the last ones.
@@ -98,12 +101,12 @@ fn rule(config: &SplitConfig, history_at_test: HistoryAtTest) -> Result<SplitRul
         ("test_from", config.test_from.is_some()),
     ];
     let method = match config.strategy {
-        Strategy::LeaveOneOut => {
+        Strategy::LeaveOneOut | Strategy::None => {
             if let Some((key, _)) = given.iter().find(|(_, is)| *is) {
                 return Err(Error::spec(format!("`{key}` is read with strategy = \"global-time\" only"))
                     .with_help("remove the key, or set the strategy"));
             }
-            Method::LeaveOneOut
+            if config.strategy == Strategy::None { Method::Nothing } else { Method::LeaveOneOut }
         }
         Strategy::GlobalTime => match (config.valid_from, config.test_from) {
             (None, None) => {
@@ -172,7 +175,7 @@ impl Stage for SplitStage {
 
     fn identity(&self) -> Value {
         let method = match self.rule.method {
-            Method::LeaveOneOut => json!({}),
+            Method::LeaveOneOut | Method::Nothing => json!({}),
             Method::TimeShares { valid, test } => json!({ "valid_share": valid, "test_share": test }),
             Method::TimeCuts { valid_from, test_from } => json!({ "valid_from": valid_from, "test_from": test_from }),
         };
@@ -399,6 +402,7 @@ mod tests {
     fn configs_that_contradict_themselves_are_refused() {
         for (config, word) in [
             (json!({ "input": "x", "valid_share": 0.2 }), "valid_share"),
+            (json!({ "input": "x", "strategy": "none", "test_share": 0.2 }), "test_share"),
             (json!({ "input": "x", "strategy": "global-time", "valid_share": 0.6, "test_share": 0.4 }), "less than 1"),
             (json!({ "input": "x", "strategy": "global-time", "valid_from": 3 }), "test_from"),
             (json!({ "input": "x", "strategy": "global-time", "valid_from": 3, "test_from": 3 }), "not before"),

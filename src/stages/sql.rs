@@ -104,7 +104,7 @@ fn read_file(file: &str, ctx: &ResolveContext<'_>) -> Result<String> {
 }
 
 /// A statement that writes is a mistake of the pipeline file here (exit 78), not of the command line.
-fn as_spec(mut e: Error) -> Error {
+pub(super) fn as_spec(mut e: Error) -> Error {
     if e.fault == crate::error::Fault::Usage {
         e.fault = crate::error::Fault::Spec;
     }

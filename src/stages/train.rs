@@ -14,12 +14,17 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::context::{Cancel, InputSlot, Observer, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What};
+use super::context::{
+    Artifact, Cancel, InputSlot, Observer, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What,
+};
 use super::registry::StageKind;
 use crate::columns::{ITEM_ID, USER_ID};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
+use crate::interactions::IdMap;
 use crate::interactions::fields::Side;
+use crate::recommenders::saved::TrainedModel;
+use crate::recommenders::warm::WarmStart;
 use crate::recommenders::{Backbone, Embeds, Task, registry};
 
 pub(super) mod columns;
@@ -63,7 +68,8 @@ hyper = { layers = 3, embedding_dim = 64 }
 ///
 /// Counters: `users`, `items`, `interactions` (distinct pairs; of a rating model, ratings), `epochs`, `best_epoch`, `valid_ndcg_10` or `valid_rmse` (of the
 /// best epoch; null without `valid`), `valid_users` (held-out rows that are measured), `valid_cold` (held-out rows of users without train interactions, not
-/// measured), `seconds_per_epoch` (median, without validation), `weights_fit_on`, `device`.
+/// measured), `seconds_per_epoch` (median, without validation), `weights_fit_on`, `device`, `warm_weights` (of a warm start: tables and vectors that
+/// began with earlier values).
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
@@ -91,9 +97,20 @@ pub struct TrainConfig {
     /// Hyper-parameters of the model; what is not given has its default.
     #[serde(default)]
     pub hyper: Map<String, Value>,
-    /// The `best` output of a `search` stage: its hyper-parameters in place of the defaults. What `hyper` gives goes before it.
+    /// The `best` output of a `search` stage, or a calibration (`calibration.json`): its hyper-parameters in place of the
+    /// defaults, and of a calibration the number of epochs too. What `hyper` gives goes before it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hyper_from: Option<String>,
+    /// An earlier model of the same kind to start from, for example yesterday's, a source with `role = "artifact"` and
+    /// `optional = true`: users and items that it knows begin with their earlier weights, new ones as usual. Where it has no files
+    /// the start is a cold one. Models that are learned step by step only; off by default. The result then depends on
+    /// all nights before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warm_start: Option<String>,
+    /// Epochs of a warm start, in place of `hyper.epochs`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub warm_epochs: Option<u32>,
     /// What the final weights are fitted on, where that is more than train: after the best epoch was found on validation the model is
     /// fitted once more from the start, on both tables, for exactly so many epochs (a step size that falls
     /// with the epochs falls faster then). Card, counters and metrics say so.
@@ -148,6 +165,12 @@ fn resolve(value: Value, _: &ResolveContext<'_>) -> Result<Box<dyn Stage>> {
         return Err(Error::spec("`refit` needs `valid`: it fits again on train and validation")
             .with_help("name the validation table, or remove `refit`: without `valid` all of `train` is fitted on"));
     }
+    if config.warm_start.is_some() && backbone.task == Task::Rating {
+        return Err(Error::spec("`warm_start` is for models that rank items").with_help("remove it"));
+    }
+    if config.warm_epochs.is_some() && config.warm_start.is_none() {
+        return Err(Error::spec("`warm_epochs` is read with `warm_start` only").with_help("remove it"));
+    }
     let every = checkpoint_every(config.checkpoint_seconds)?;
     if let (None, Value::Object(full)) = (&config.hyper_from, full) {
         config.hyper = full;
@@ -169,12 +192,15 @@ struct Train {
 
 /// Slot of the hyper-parameters that a search found.
 const HYPER_FROM: &str = "hyper_from";
+/// Slot of the model that is started from.
+const WARM_START: &str = "warm_start";
 
 #[async_trait]
 impl Stage for Train {
     fn inputs(&self) -> Vec<InputSlot> {
         let mut slots = self.references.slots(self.backbone.task == Task::Rating);
         slots.extend(self.config.hyper_from.as_ref().map(|r| InputSlot::artifact(HYPER_FROM, r)));
+        slots.extend(self.config.warm_start.as_ref().map(|r| InputSlot::artifact(WARM_START, r)));
         slots
     }
 
@@ -232,6 +258,16 @@ impl Stage for Train {
                 hyper_from::read(artifact, self.backbone, &self.config.hyper)?
             }
         };
+        let warm_start = match self.config.warm_start {
+            None => None,
+            Some(_) => {
+                let (digest, artifact) = ctx.artifact(WARM_START)?;
+                if artifact.files.is_empty() {
+                    ctx.observer.note("there are no earlier weights: a cold start");
+                }
+                (!artifact.files.is_empty()).then(|| (artifact.clone(), digest.to_owned()))
+            }
+        };
         let tables = Tables::collect(ctx).await?;
         let work = Work {
             backbone: self.backbone,
@@ -242,6 +278,8 @@ impl Stage for Train {
             seed: ctx.seed,
             embeds: self.embeds,
             savings: Some((Savings::new(&ctx.savings), self.every)),
+            warm_start,
+            warm_epochs: self.config.warm_epochs,
             observer: ctx.observer.clone(),
             cancel: ctx.cancel.clone(),
         };
@@ -259,11 +297,32 @@ struct Work {
     seed: u64,
     embeds: Embeds,
     savings: Option<(Savings, Duration)>,
+    /// An earlier model, with its digest.
+    warm_start: Option<(Artifact, String)>,
+    warm_epochs: Option<u32>,
     observer: Arc<dyn Observer>,
     cancel: Cancel,
 }
 
 impl Work {
+    /// The weights of an earlier fit for the users and items of this one.
+    fn earlier(&self, artifact: &Artifact, data: &TrainData) -> Result<WarmStart> {
+        let old = TrainedModel::from_files(&artifact.files).map_err(|e| e.at("input `warm_start`"))?;
+        if old.card.model != self.backbone.name {
+            return Err(Error::data(format!(
+                "`warm_start` is a `{}`, and `model` is `{}`",
+                old.card.model, self.backbone.name
+            ))
+            .with_help("name a model of the same kind, or remove `warm_start` for one night"));
+        }
+        let same = |old: &IdMap, new: &IdMap| old.is_empty() || old.ids().data_type() == new.ids().data_type();
+        if !same(&old.users, &data.users) || !same(&old.items, &data.items) {
+            return Err(Error::data("the ids of `warm_start` are of another type")
+                .with_help("remove `warm_start` for one night"));
+        }
+        Ok(WarmStart::new(&old, &data.users, &data.items))
+    }
+
     fn run(&self, tables: &Tables) -> Result<StageResult> {
         let task = self.backbone.task;
         let data = read_data(task, tables, self.fields.as_ref())?;
@@ -275,8 +334,22 @@ impl Work {
         let (metric, sign) = valid_metric(task);
         let watch = FitProgress::of_stage(self.observer.clone(), self.cancel.clone(), (metric, sign));
         let savings = self.savings.as_ref().map(|(savings, every)| (savings, *every));
-        let fitter = Fitter { backbone: self.backbone, device: &opened.device, watch: &watch, savings };
-        let fitted = fitter.fit(&self.hyper, self.seed, &data, self.refit)?;
+        let earlier =
+            self.warm_start.as_ref().map(|(artifact, digest)| self.earlier(artifact, &data).map(|w| (w, digest)));
+        let earlier = earlier.transpose()?;
+        let warm = earlier.as_ref().map(|(warm, digest)| (warm, digest.as_str()));
+        let fitter = Fitter { backbone: self.backbone, device: &opened.device, watch: &watch, savings, warm };
+        let shortened = match (&warm, self.warm_epochs) {
+            (Some(_), Some(epochs)) => Some(fit::for_epochs(&self.hyper, epochs as usize)),
+            _ => None,
+        };
+        let fitted = fitter.fit(shortened.as_ref().unwrap_or(&self.hyper), self.seed, &data, self.refit)?;
+        let warm_weights = warm.map(|(warm, _)| {
+            let (users, items) = warm.known();
+            self.observer
+                .note(&format!("started from earlier weights: {} of them, {users} users, {items} items", warm.taken()));
+            warm.taken()
+        });
         let valid = fitted.quality.map(|quality| quality * sign);
         if let Some(valid) = valid {
             let best = match (fitted.epochs.len(), fitted.best_epoch) {
@@ -309,6 +382,7 @@ impl Work {
             ("seconds_per_epoch", json!(median(fitted.epochs.iter().map(|e| e.seconds).collect()))),
             ("weights_fit_on", json!(fitted.fit_on.as_str())),
             ("device", json!(opened.device.name())),
+            ("warm_weights", json!(warm_weights)),
         ];
         let mut result =
             StageResult::default().with_table("epochs", outputs::epochs_table(task, sign, &fitted.epochs)?);

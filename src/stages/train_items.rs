@@ -208,8 +208,13 @@ impl Work {
         self.observer.note(&opened.why);
         let watch = FitProgress::of_stage(self.observer.clone(), self.cancel.clone(), ("NDCG@10", 1.0));
         let checkpoints = self.savings.checkpoints(&self.key(&data, &titles), self.every);
-        let ctx =
-            FitContext { seed: self.seed, device: &opened.device, watch: &watch, checkpoints: Some(&checkpoints) };
+        let ctx = FitContext {
+            seed: self.seed,
+            device: &opened.device,
+            watch: &watch,
+            checkpoints: Some(&checkpoints),
+            warm: None,
+        };
         let interactions = log.interactions(data.items.len(), FitOn::Train);
         let fitted = fit(&self.hyper, &weights, table, &interactions, &ctx)?;
         checkpoints.clear()?;

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use super::audit;
 use super::context::{InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What};
 use super::registry::StageKind;
 use crate::error::{Error, Result};
@@ -36,6 +37,9 @@ pub struct WriteConfig {
     /// object's path only, and readers get them back as columns of type string.
     #[schemars(extend("minProperties" = 1))]
     pub partition: BTreeMap<String, String>,
+    /// `audit` stages: where an audit of one of them failed nothing is published, and the run ends with exit code 1.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub audits: Vec<String>,
 }
 
 /// The stage kind.
@@ -91,6 +95,11 @@ struct WriteStage {
 }
 
 impl WriteStage {
+    /// Slots and stages of the audits.
+    fn audits(&self) -> impl Iterator<Item = (String, &str)> {
+        self.config.audits.iter().enumerate().map(|(n, stage)| (format!("audits.{n}"), stage.as_str()))
+    }
+
     /// `TABLE/ds=2026-11-22/part-0.parquet`.
     fn file(&self) -> String {
         let folders: String = self.config.partition.iter().map(|(c, v)| format!("{c}={v}/")).collect();
@@ -101,7 +110,9 @@ impl WriteStage {
 #[async_trait]
 impl Stage for WriteStage {
     fn inputs(&self) -> Vec<InputSlot> {
-        vec![InputSlot::table(SLOT, &self.config.input, &[])]
+        let mut slots = vec![InputSlot::table(SLOT, &self.config.input, &[])];
+        slots.extend(self.audits().map(|(slot, stage)| InputSlot::table(&slot, stage, &audit::COLUMNS)));
+        slots
     }
 
     fn outputs(&self) -> Vec<OutputSlot> {
@@ -119,6 +130,9 @@ impl Stage for WriteStage {
 
     async fn run(&self, ctx: &StageContext) -> Result<StageResult> {
         ctx.cancel.check()?;
+        for (slot, stage) in self.audits() {
+            audit::refuse(stage, &ctx.table(&slot)?.display(), &ctx.collect(&slot).await?)?;
+        }
         let input = ctx.table(SLOT)?;
         if let Some(column) = self.config.partition.keys().find(|c| input.schema().index_of(c).is_ok()) {
             return Err(Error::data(format!(

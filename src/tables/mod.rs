@@ -3,6 +3,7 @@
 //! In: URIs and source specs. Out: [`Table`]s (in memory), [`StoredTable`]s (Parquet
 //! that can be collected in row order or scanned by DataFusion).
 
+pub mod artifact_files;
 mod cleaning;
 mod csv;
 pub mod ids;

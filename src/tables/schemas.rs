@@ -391,8 +391,9 @@ pub static EVALUATION_COMPARISON: TableSpec = TableSpec {
 pub static CALIBRATION_GRID: TableSpec = TableSpec {
     name: "calibrate.grid",
     about: "The `grid` output of the `calibrate` stage: every pair of weights that was tried on validation. a1 = 0 is the recommender alone.",
-    rows: "One row per pair of weights, sorted by a1, then a2: the order of preference.",
+    rows: "One row per pair of weights and mode, sorted by a1, then a2, then mode: the order of preference.",
     columns: &[
+        column(columns::MODE, Kind::Text, "The LLM's mode; a1 = 0 is there once."),
         column(columns::A1, Kind::Float64, "a1 of eq. 7."),
         column(columns::A2, Kind::Float64, "a2 of eq. 7; 0 where a1 is 0, since it has no effect there."),
         column(
@@ -559,6 +560,21 @@ pub static PREDICTIONS: TableSpec = TableSpec {
     ],
 };
 
+/// The `audits` output of `audit`.
+pub static AUDITS: TableSpec = TableSpec {
+    name: "audit.audits",
+    about: "The `audits` output of the `audit` stage: what was asked of a table before it was published.",
+    rows: "One row per audit, sorted by name.",
+    columns: &[
+        column(columns::AUDIT, Kind::Text, "Name of the audit."),
+        nullable(columns::VALUE, Kind::Float64, "What its query gave; null where it was skipped."),
+        nullable(columns::MIN, Kind::Float64, "Least value that passes."),
+        nullable(columns::MAX, Kind::Float64, "Greatest value that passes."),
+        nullable(columns::PASSED, Kind::Bool, "Whether the value lies within the bounds; null where it was skipped."),
+        nullable(columns::DETAIL, Kind::Text, "What offends (the first rows), or why it was skipped."),
+    ],
+};
+
 /// All declared tables in the order of the docs.
 pub static TABLES: &[&TableSpec] = &[
     &RECOMMENDATIONS,
@@ -572,6 +588,7 @@ pub static TABLES: &[&TableSpec] = &[
     &SEARCH_TRIALS,
     &SEARCH_CONFIRMED,
     &CALIBRATION_GRID,
+    &AUDITS,
     &INSTRUCTIONS,
     &INSTRUCTION_COUNTS,
 ];

@@ -34,10 +34,22 @@ pub struct SourceConfig {
     pub filter: Option<String>,
     /// What the rows are, which decides the cleaning they get: `interactions` (ids present,
     /// duplicates dropped, the last re-rating wins), `items` (item ids present, one row an item)
-    /// or `table` (nothing). By default `interactions` where `user_id` and `item_id` are there
+    /// or `table` (nothing); or that it is no table but an `artifact`, a calibration or a model that another pipeline
+    /// published with `write_artifact`. By default `interactions` where `user_id` and `item_id` are there
     /// after mapping, `items` where only `item_id` is, else `table`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub role: Option<SourceRole>,
+    /// `role = "artifact"`: age in days above which the run warns (in the log, and in `warnings` of the result document).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0))]
+    pub max_age_days: Option<f64>,
+    /// `role = "artifact"`: whether it may be absent; it has no files then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub optional: bool,
+    /// `role = "artifact"`: the command that makes it, told where it is absent, damaged or old, for example
+    /// `"tailfuse run pipelines/calibrate.toml"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_by: Option<String>,
     /// Largest tolerated share of bad rows (null or empty ids, values that don't parse). Bad rows
     /// are set aside in the output `bad_rows`; above this share the run stops with exit code 65.
     #[serde(default = "default_max_bad_rows")]
@@ -66,6 +78,9 @@ impl Default for SourceConfig {
             columns: BTreeMap::new(),
             filter: None,
             role: None,
+            max_age_days: None,
+            optional: false,
+            made_by: None,
             max_bad_rows: default_max_bad_rows(),
             delimiter: default_delimiter(),
             header: default_header(),
@@ -94,6 +109,8 @@ pub enum SourceRole {
     Items,
     /// Any other table, read as it is.
     Table,
+    /// No table: files that another pipeline published.
+    Artifact,
 }
 
 /// Type of a CSV column.

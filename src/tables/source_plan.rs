@@ -85,7 +85,7 @@ impl Plan {
         let needed: &[&str] = match role {
             SourceRole::Interactions => &[USER_ID, ITEM_ID],
             SourceRole::Items => &[ITEM_ID],
-            SourceRole::Table => &[],
+            SourceRole::Table | SourceRole::Artifact => &[],
         };
         for column in needed {
             if !has(column) {
@@ -117,7 +117,7 @@ impl Plan {
         let key = match role {
             SourceRole::Interactions => Some(Key::UserAndItem),
             SourceRole::Items => Some(Key::Item),
-            SourceRole::Table => None,
+            SourceRole::Table | SourceRole::Artifact => None,
         };
         let bad_schema = bad_schema(&columns.schema);
         Ok(Plan { role, outputs, schema: Arc::new(Schema::new(fields)), bad_schema, key })

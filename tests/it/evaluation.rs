@@ -242,8 +242,14 @@ fn lists(users: i64, asked: i64, n: i32) -> (Table, Table, Table) {
 #[test]
 fn the_first_k_give_the_same_fused_metrics_as_the_whole_shortlist() {
     let (rec, llm, long_tail) = lists(9, 5, 20);
-    let inputs =
-        FuseInputs { shortlist: &rec, rerank: Some(&llm), not_asked: None, long_tail: &long_tail, items: None };
+    let inputs = FuseInputs {
+        shortlist: &rec,
+        popular: None,
+        rerank: Some(&llm),
+        not_asked: None,
+        long_tail: &long_tail,
+        items: None,
+    };
     let fused = fuse_tables(
         &inputs,
         &FuseOptions {
@@ -282,7 +288,7 @@ fn an_llm_that_is_right_is_given_weight() {
     // The validation item is always the LLM's first, the recommender's last but one to tenth.
     let (rec, llm, long_tail) = lists(30, 30, 10);
     let valid = pairs(&(1..=30).map(|u| (u, 110 - u % 3)).collect::<Vec<_>>());
-    let found = calibrate(&config(), &rec, &llm, &valid, &long_tail).unwrap();
+    let found = calibrate(&config(), &rec, &[("label".to_owned(), llm.clone())], &valid, &long_tail).unwrap();
     let c = &found.calibration;
     assert_eq!(found.cells.len(), 26);
     assert_eq!((c.a1, c.a2), (c.best.a1, c.best.a2), "{c:?}");
@@ -296,7 +302,7 @@ fn an_llm_that_is_right_is_given_weight() {
 fn an_llm_that_is_wrong_is_given_none() {
     let (rec, llm, long_tail) = lists(30, 30, 10);
     let valid = pairs(&(1..=30).map(|u| (u, 101 + u % 3)).collect::<Vec<_>>());
-    let c = calibrate(&config(), &rec, &llm, &valid, &long_tail).unwrap().calibration;
+    let c = calibrate(&config(), &rec, &[("label".to_owned(), llm.clone())], &valid, &long_tail).unwrap().calibration;
     assert_eq!((c.a1, c.a2), (0.0, 0.0));
     assert_eq!(c.mean, c.recommender_mean);
 }
@@ -306,11 +312,17 @@ fn a_calibration_is_over_asked_users_with_a_validation_item_and_served_alike() {
     let (rec, llm, long_tail) = lists(30, 12, 10);
     // Two of the twelve have no validation item; users beyond them were not asked for.
     let valid = pairs(&(3..=30).map(|u| (u, 110)).collect::<Vec<_>>());
-    let found = calibrate(&config(), &rec, &llm, &valid, &long_tail).unwrap();
+    let found = calibrate(&config(), &rec, &[("label".to_owned(), llm.clone())], &valid, &long_tail).unwrap();
     assert_eq!((found.calibration.n_users, found.users_without_valid), (10, 2));
     // The mean of the chosen pair is what evaluate finds on what fuse makes with it.
-    let inputs =
-        FuseInputs { shortlist: &rec, rerank: Some(&llm), not_asked: None, long_tail: &long_tail, items: None };
+    let inputs = FuseInputs {
+        shortlist: &rec,
+        popular: None,
+        rerank: Some(&llm),
+        not_asked: None,
+        long_tail: &long_tail,
+        items: None,
+    };
     let fused = fuse_tables(
         &inputs,
         &FuseOptions {
@@ -330,9 +342,31 @@ fn a_calibration_is_over_asked_users_with_a_validation_item_and_served_alike() {
 }
 
 #[test]
+fn of_several_modes_the_better_one_is_chosen_on_the_users_that_all_have() {
+    let (rec, right, long_tail) = lists(30, 30, 10);
+    // The other mode was asked for fewer users, and has the recommender's own order.
+    let rows = right.num_rows() / 30 * 20;
+    let same = rec.to_batch().unwrap().slice(0, rows);
+    let ranks = same.column_by_name("rec_rank").unwrap().clone();
+    let wrong = Table::from_columns(vec![
+        ("user_id", same.column_by_name("user_id").unwrap().clone(), false),
+        ("item_id", same.column_by_name("item_id").unwrap().clone(), false),
+        ("llm_rank", ranks, false),
+    ]);
+    let valid = pairs(&(1..=30).map(|u| (u, 110 - u % 3)).collect::<Vec<_>>());
+    let modes = [("generate".to_owned(), wrong.unwrap()), ("label".to_owned(), right)];
+    let found = calibrate(&config(), &rec, &modes, &valid, &long_tail).unwrap();
+    let c = &found.calibration;
+    assert_eq!((c.mode.as_str(), c.n_users, found.cells.len()), ("label", 20, 51), "{c:?}");
+    assert!(c.a1 > 0.0 && c.se.is_some_and(|se| se > 0.0), "{c:?}");
+}
+
+#[test]
 fn nobody_to_calibrate_on_leaves_the_recommender_alone() {
     let (rec, llm, long_tail) = lists(5, 0, 10);
-    let c = calibrate(&config(), &rec, &llm, &pairs(&[(1, 101)]), &long_tail).unwrap().calibration;
+    let c = calibrate(&config(), &rec, &[("label".to_owned(), llm.clone())], &pairs(&[(1, 101)]), &long_tail)
+        .unwrap()
+        .calibration;
     assert_eq!((c.a1, c.n_users), (0.0, 0));
 }
 

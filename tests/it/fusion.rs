@@ -112,7 +112,8 @@ fn fuse(
     items: Option<&Table>,
     options: &FuseOptions,
 ) -> FusedTables {
-    let inputs = FuseInputs { shortlist: &shortlist(), rerank, not_asked, long_tail: &long_tail(), items };
+    let inputs =
+        FuseInputs { shortlist: &shortlist(), popular: None, rerank, not_asked, long_tail: &long_tail(), items };
     fuse_tables(&inputs, options).unwrap()
 }
 
@@ -261,7 +262,14 @@ fn wrong_tables_are_refused_with_the_place() {
     let llm = rerank(None);
     let long_tail = long_tail();
     let list = shortlist();
-    let good = FuseInputs { shortlist: &list, rerank: Some(&llm), not_asked: None, long_tail: &long_tail, items: None };
+    let good = FuseInputs {
+        shortlist: &list,
+        popular: None,
+        rerank: Some(&llm),
+        not_asked: None,
+        long_tail: &long_tail,
+        items: None,
+    };
     let refuse = |inputs: &FuseInputs<'_>, words: &[&str]| {
         let e = fuse_tables(inputs, &options()).unwrap_err();
         assert_eq!(e.fault.exit_code(), 65, "{e}");

@@ -78,6 +78,7 @@ impl House {
             savings: self.store.child("savings"),
             warehouse: self.store.child("warehouse"),
             run_id: "run-1".to_owned(),
+            fingerprint: "f".to_owned(),
             memory_limit: 1 << 30,
             spill_dir: None,
             observer: Arc::new(Silent),

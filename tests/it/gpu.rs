@@ -25,7 +25,7 @@ fn losses(backbone: &str, hyper: &serde_json::Value, device: &Device) -> Vec<f64
     let train = histories();
     let data = Interactions { n_users: USERS, n_items: ITEMS, train: &train, valid: &[] };
     let recommender = registry::find(backbone).unwrap().recommender(hyper).unwrap();
-    let ctx = FitContext { seed: 7, device, watch: &Unwatched, checkpoints: None };
+    let ctx = FitContext { seed: 7, device, watch: &Unwatched, checkpoints: None, warm: None };
     let fit = recommender.fit(&data, &ctx).unwrap_or_else(|e| panic!("{backbone}: {}", e.message));
     fit.epochs.iter().map(|epoch| epoch.loss).collect()
 }

@@ -75,3 +75,5 @@ mod evaluation;
 mod fusion;
 // `calibrate`, `fuse` and `evaluate` over Parquet files; the long-tail query against the code.
 mod fusion_stages;
+// Calibration, nightly pipeline, audits, new users, warm start.
+mod nightly;

@@ -55,7 +55,9 @@ fn fit_watched(
     seed: u64,
     watch: &dyn Watch,
 ) -> Result<Fit> {
-    backbone.recommender(hyper)?.fit(data, &FitContext { seed, device: &device(), watch, checkpoints: None })
+    backbone
+        .recommender(hyper)?
+        .fit(data, &FitContext { seed, device: &device(), watch, checkpoints: None, warm: None })
 }
 
 fn fit(backbone: &Backbone, hyper: &Value, data: &Interactions<'_>, seed: u64) -> Fit {

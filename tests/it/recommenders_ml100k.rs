@@ -101,7 +101,10 @@ fn ml100k_five_seeds() {
             let (wall, cpu) = (std::time::Instant::now(), cpu_seconds());
             let recommender = registry::find(model).unwrap().recommender(&json!({})).unwrap();
             let fit = recommender
-                .fit(&split.data(), &FitContext { seed, device: &device, watch: &Unwatched, checkpoints: None })
+                .fit(
+                    &split.data(),
+                    &FitContext { seed, device: &device, watch: &Unwatched, checkpoints: None, warm: None },
+                )
                 .unwrap();
             let (wall, cpu) = (wall.elapsed().as_secs_f64(), cpu_seconds() - cpu);
             let informed = fit.scorer.with_history(&split.known);

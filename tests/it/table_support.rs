@@ -114,6 +114,7 @@ pub fn stage_context(inputs: &[(&str, &StoredTable)]) -> StageContext {
         savings: memory(),
         warehouse: memory(),
         run_id: "run".into(),
+        fingerprint: "f".to_owned(),
         memory_limit: 256 << 20,
         spill_dir: None,
         observer: Arc::new(Quiet),

@@ -104,6 +104,7 @@ impl Bench {
                 savings: Store::local(&self.folder.path().join("savings")).unwrap(),
                 warehouse: Store::local(&self.folder.path().join("warehouse")).unwrap(),
                 run_id: "r".to_owned(),
+                fingerprint: "f".to_owned(),
                 memory_limit: 1 << 28,
                 spill_dir: None,
                 observer: Arc::new(observer),

@@ -95,7 +95,7 @@ fn run(hyper: &ItemHyper, watch: &dyn Watch, kept: Option<&Kept>) -> Result<Item
     let (train, valid) = log();
     let data = Interactions { n_users: USERS, n_items: ITEMS, train: &train, valid: &valid };
     let checkpoints = kept.map(|k| k as &dyn Checkpoints);
-    let ctx = FitContext { seed: 5, device: &Device::Cpu, watch, checkpoints };
+    let ctx = FitContext { seed: 5, device: &Device::Cpu, watch, checkpoints, warm: None };
     fit(hyper, &weights(), titles(), &data, &ctx)
 }
 

@@ -90,7 +90,7 @@ fn fit(
     checkpoints: Option<&dyn Checkpoints>,
 ) -> Result<RatingFit> {
     let hyper = &small(backbone, hyper);
-    let ctx = FitContext { seed: 3, device: &Device::Cpu, watch: &Unwatched, checkpoints };
+    let ctx = FitContext { seed: 3, device: &Device::Cpu, watch: &Unwatched, checkpoints, warm: None };
     backbone.rating_recommender(hyper)?.fit(data, &ctx)
 }
 
@@ -182,7 +182,7 @@ fn a_resumed_fit_equals_a_straight_one() {
         let straight = fit(backbone, &hyper, &toy.data(), None).unwrap();
         let kept = Kept(Mutex::new(None));
         let stop = Stop(Mutex::new(0));
-        let ctx = FitContext { seed: 3, device: &Device::Cpu, watch: &stop, checkpoints: Some(&kept) };
+        let ctx = FitContext { seed: 3, device: &Device::Cpu, watch: &stop, checkpoints: Some(&kept), warm: None };
         let stopped = backbone.rating_recommender(&small(backbone, &hyper)).unwrap().fit(&toy.data(), &ctx);
         assert_eq!(stopped.err().unwrap().message, "stopped");
         let resumed = fit(backbone, &hyper, &toy.data(), Some(&kept)).unwrap();

@@ -119,7 +119,7 @@ fn fit_watched(
     checkpoints: Option<&dyn Checkpoints>,
 ) -> Result<Fit> {
     let recommender = registry::find(model).unwrap().recommender(hyper).unwrap();
-    recommender.fit(data, &FitContext { seed, device: &Device::Cpu, watch, checkpoints })
+    recommender.fit(data, &FitContext { seed, device: &Device::Cpu, watch, checkpoints, warm: None })
 }
 
 /// Items on a ring: each user walks on by one from some item. What comes next is certain.

@@ -96,6 +96,9 @@ impl OnBackend for Task<'_> {
         let mut params = Params::<B>::new(device);
         let mut rng = ChaCha8Rng::seed_from_u64(ctx.seed);
         let encoder = Encoder::new(&model.encoder, model.shape(data.n_items), &mut params, Some(&mut rng));
+        if let Some(warm) = ctx.warm {
+            warm.apply(&mut params)?;
+        }
         let mut average = Params::<B>::new(device);
         if model.optimizer.average > 0.0 {
             Encoder::new(&model.encoder, model.shape(data.n_items), &mut average, None);

@@ -113,7 +113,7 @@ impl Work {
             self.cancel.check()?;
             let metric = valid_metric(backbone.task);
             let watch = FitProgress::of_many(self.observer.clone(), self.cancel.clone(), metric, before);
-            let fitter = Fitter { backbone, device: &opened.device, watch: &watch, savings: None };
+            let fitter = Fitter { backbone, device: &opened.device, watch: &watch, savings: None, warm: None };
             let figures = self.figures(&fitter, &card, drawn, &mut kept)?;
             self.observer.advance(1);
             Ok::<_, Error>(figures)

@@ -35,6 +35,14 @@ impl Mode {
             Mode::Rating => "rating",
         }
     }
+
+    /// The mode of that name. Errors (exit 78): there is none.
+    pub fn parse(name: &str) -> Result<Mode> {
+        let all = [Mode::Label, Mode::Likelihood, Mode::Generate, Mode::Rating];
+        all.into_iter().find(|mode| mode.name() == name).ok_or_else(|| {
+            Error::spec(format!("`mode` is `{name}`")).with_help("it is one of label, likelihood, generate, rating")
+        })
+    }
 }
 
 /// What a title's log-probability is divided by or compared with (mode `likelihood`).
@@ -114,6 +122,10 @@ pub struct RerankConfig {
     /// How the LLM's order is read.
     #[serde(default)]
     pub mode: Mode,
+    /// A calibration: its mode in place of `mode`. Where it found the LLM to be worth nothing (a1 = 0) nobody is asked, with
+    /// the reason `a1_is_0`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<String>,
     /// Mode `likelihood`: how titles of different length are made comparable.
     #[serde(default)]
     pub normalise: Normalise,

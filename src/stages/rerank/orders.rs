@@ -218,10 +218,14 @@ fn kendall_tau(a: &[Id], b: &[Id]) -> f64 {
     (2.0 * agree as f64 - pairs as f64) / pairs as f64
 }
 
-/// Users that the budget left out, those without an answer, then those without a prompt.
-pub(super) fn not_asked(left_out: &[Id], failed: &[(Id, &'static str)], skipped: Option<Table>) -> Result<Table> {
+/// Users that were left out, with the reason, those without an answer, then those without a prompt.
+pub(super) fn not_asked(
+    (left_out, why): (&[Id], &str),
+    failed: &[(Id, &'static str)],
+    skipped: Option<Table>,
+) -> Result<Table> {
     let mut users: Vec<Id> = left_out.to_vec();
-    let mut reasons = vec!["budget".to_owned(); users.len()];
+    let mut reasons = vec![why.to_owned(); users.len()];
     let mut sources = vec!["recommender"; users.len()];
     for (user, reason) in failed {
         users.push(user.clone());
@@ -297,7 +301,7 @@ mod tests {
 
     #[test]
     fn every_reason_has_its_source() {
-        let table = not_asked(&ids(&[1]), &[(Id::Int(2), "timeout")], None).unwrap();
+        let table = not_asked((&ids(&[1]), "budget"), &[(Id::Int(2), "timeout")], None).unwrap();
         assert_eq!(table.i64s(USER_ID).unwrap(), [1, 2]);
         let text = |name: &str| table.strings(name).unwrap().into_iter().flatten().collect::<Vec<_>>();
         assert_eq!(

@@ -242,7 +242,7 @@ impl Running<'_> {
         let metric = valid_metric(task);
         let watch = FitProgress::of_many(work.observer.clone(), work.cancel.clone(), metric, before);
         let savings = work.savings.as_ref().map(|(savings, every)| (savings, *every));
-        let fitter = Fitter { backbone: work.backbone, device: &self.device, watch: &watch, savings };
+        let fitter = Fitter { backbone: work.backbone, device: &self.device, watch: &watch, savings, warm: None };
         let test = self.test.as_ref().filter(|_| on_test);
         let key = fitter.key(&setting.hyper, seed, &self.data, FitOn::Train);
         self.fits += 1;

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::recommenders::pairwise::validation_ndcg;
 use crate::recommenders::rating::Predictor;
 use crate::recommenders::trainer::Checkpoints;
+use crate::recommenders::warm::WarmStart;
 use crate::recommenders::{Backbone, Embeddings, Embeds, Epoch, FitContext, Scorer, Task, Watch};
 
 /// A fitted model of either task.
@@ -92,19 +93,25 @@ pub(in crate::stages) struct Fitter<'a> {
     pub watch: &'a dyn Watch,
     /// Where checkpoints lie, if anywhere, and how long a fit may go without one.
     pub savings: Option<(&'a Savings, Duration)>,
+    /// Weights to start from, with their digest.
+    pub warm: Option<(&'a WarmStart, &'a str)>,
 }
 
 impl Fitter<'_> {
     /// The key of a fit: everything that its result depends on.
     pub fn key(&self, hyper: &Value, seed: u64, data: &TrainData, on: FitOn) -> String {
-        key_of(&json!({
+        let mut key = json!({
             "version": super::KIND.version,
             "model": self.backbone.name,
             "hyper": hyper,
             "seed": seed,
             "data": data.fit_fingerprint(on),
             "weights_fit_on": on.as_str(),
-        }))
+        });
+        if let Some((_, digest)) = self.warm {
+            key["warm_start"] = json!(digest);
+        }
+        key_of(&key)
     }
 
     /// Fits on train with the held-out data for early stopping; with `refit`, fits again on both for as many epochs
@@ -157,7 +164,13 @@ impl Fitter<'_> {
         checkpoints: Option<&super::savings::StoredCheckpoints>,
     ) -> Result<Fitted> {
         let checkpoints = checkpoints.map(|c| c as &dyn Checkpoints);
-        let ctx = FitContext { seed, device: self.device, watch: self.watch, checkpoints };
+        let ctx = FitContext {
+            seed,
+            device: self.device,
+            watch: self.watch,
+            checkpoints,
+            warm: self.warm.map(|(warm, _)| warm),
+        };
         match &data.log {
             Log::Ranking(log) => {
                 let interactions = log.interactions(data.items.len(), on);
@@ -179,7 +192,7 @@ impl Fitter<'_> {
 }
 
 /// The same hyper-parameters with exactly so many epochs; those of a closed form as they are.
-fn for_epochs(hyper: &Value, epochs: usize) -> Value {
+pub(super) fn for_epochs(hyper: &Value, epochs: usize) -> Value {
     let mut hyper = hyper.clone();
     if let Some(given) = hyper.get_mut("epochs") {
         *given = json!(epochs);

@@ -1,6 +1,7 @@
-//! The hyper-parameters that a `search` stage found, as the artifact `best` with the file `hyper.json`.
+//! The hyper-parameters that a `search` stage found, as the artifact `best` with the file `hyper.json`, or that a `calibrate`
+//! stage kept in `calibration.json`, with the number of epochs.
 //!
-//! In: what a search chose. Out: the artifact, and in `train` the hyper-parameters in full.
+//! In: what a search or a calibration chose. Out: the artifact, and in `train` the hyper-parameters in full.
 
 use std::collections::BTreeMap;
 
@@ -8,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::fusion::{Calibration, calibration};
 use crate::recommenders::Backbone;
 use crate::stages::context::Artifact;
 
@@ -40,25 +42,43 @@ impl Best {
     }
 }
 
-/// The hyper-parameters of the artifact in full, with what is `given` in their place.
+/// The hyper-parameters of the artifact in full, with what is `given` in their place. Those of a calibration have the epochs
+/// that were best on validation in the place of `epochs`.
 ///
 /// # Errors
-/// The file is damaged (exit 65), or of another model (exit 78).
+/// The file is damaged, or a calibration without a recommender (exit 65); it is of another model (exit 78).
 pub(super) fn read(artifact: &Artifact, backbone: &Backbone, given: &Map<String, Value>) -> Result<Value> {
-    let best: Best = serde_json::from_slice(artifact.file(FILE)?)
-        .map_err(|e| Error::data(format!("`{FILE}` of input `hyper_from` cannot be read")).because(e))?;
-    if best.model != backbone.name {
+    let (model, mut hyper) = match artifact.files.get(calibration::FILE) {
+        Some(file) => calibrated(file)?,
+        None => {
+            let best: Best = serde_json::from_slice(artifact.file(FILE)?)
+                .map_err(|e| Error::data(format!("`{FILE}` of input `hyper_from` cannot be read")).because(e))?;
+            (best.model, best.hyper)
+        }
+    };
+    if model != backbone.name {
         return Err(Error::spec(format!(
-            "`hyper_from` has the hyper-parameters of `{}`, and `model` is `{}`",
-            best.model, backbone.name
+            "`hyper_from` has the hyper-parameters of `{model}`, and `model` is `{}`",
+            backbone.name
         ))
-        .with_help("name the search of the same model"));
+        .with_help("name the search or the calibration of the same model"));
     }
-    let mut hyper = best.hyper;
     if let Value::Object(found) = &mut hyper {
         found.extend(given.clone());
     }
     backbone.hyper(&hyper)
+}
+
+fn calibrated(file: &[u8]) -> Result<(String, Value)> {
+    let found = Calibration::from_bytes(file)?.recommender.ok_or_else(|| {
+        Error::data(format!("`{}` of input `hyper_from` says nothing of a recommender", calibration::FILE))
+            .with_help("name the recommender in the `calibrate` stage, `model = \"STAGE.model\"`, and run it again")
+    })?;
+    let mut hyper = found.hyper;
+    if let (Some(epochs), Some(field)) = (found.epochs, hyper.get_mut("epochs")) {
+        *field = Value::from(epochs);
+    }
+    Ok((found.model, hyper))
 }
 
 #[cfg(test)]
@@ -80,5 +100,28 @@ mod tests {
         let error = read(&artifact, registry::find("mf").unwrap(), &given).unwrap_err();
         assert!(error.fault.exit_code() == 78 && error.message.contains("`lightgcn`"), "{error}");
         assert_eq!(read(&Artifact::default(), backbone, &given).unwrap_err().fault.exit_code(), 65);
+    }
+
+    #[test]
+    fn a_calibration_brings_the_epochs_along() {
+        let json = |recommender: Value| {
+            let text = json!({
+                "version": calibration::FORMAT, "mode": "label", "a1": 0.0, "a2": 0.0, "c": 1.0, "l_min": 0.0, "l_max": 1.0,
+                "metric": "NDCG@10", "rule": "one-standard-error", "n_users": 3, "mean": 0.1, "recommender_mean": 0.1,
+                "best": { "a1": 0.0, "a2": 0.0, "mean": 0.1 }, "recommender": recommender,
+            });
+            Artifact { files: BTreeMap::from([(calibration::FILE.to_owned(), text.to_string().into())]) }
+        };
+        let full = registry::find("lightgcn").unwrap().hyper(&json!({"layers": 2})).unwrap();
+        let fitted = json!({ "model": "lightgcn", "hyper": full, "epochs": 37, "metrics": {}, "sha256": "" });
+        let read_for = |name: &str, given: Value| {
+            read(&json(fitted.clone()), registry::find(name).unwrap(), given.as_object().unwrap())
+        };
+        let hyper = read_for("lightgcn", json!({})).unwrap();
+        assert_eq!((&hyper["layers"], &hyper["epochs"]), (&json!(2), &json!(37)));
+        assert_eq!(read_for("lightgcn", json!({"epochs": 5})).unwrap()["epochs"], 5);
+        assert_eq!(read_for("mf", json!({})).unwrap_err().fault.exit_code(), 78);
+        let without = read(&json(Value::Null), registry::find("lightgcn").unwrap(), &Map::new()).unwrap_err();
+        assert!(without.fault.exit_code() == 65 && without.message.contains("recommender"), "{without}");
     }
 }

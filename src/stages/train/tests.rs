@@ -46,6 +46,8 @@ fn work(model: &str, epochs: u32) -> (Work, Arc<Heard>) {
         seed: 7,
         embeds,
         savings: None,
+        warm_start: None,
+        warm_epochs: None,
         observer: heard.clone(),
         cancel: Cancel::default(),
     };
