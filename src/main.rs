@@ -17,7 +17,10 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            printer.always(&format!("error: {error}"));
+            match error.fault {
+                Fault::NothingToDo => printer.always(&format!("nothing to do: {error}")),
+                _ => printer.always(&format!("error: {error}")),
+            }
             if error.fault == Fault::Internal {
                 printer.always("  This is a bug in tailfuse. Please report it with the command and the lines above.");
             }

@@ -4,6 +4,7 @@
 //! document, stderr the talk. One file per verb; a verb is a variant of [`Verb`] and a file.
 
 pub mod fetch;
+pub mod gc;
 pub mod llm;
 pub mod plan;
 pub mod printer;
@@ -47,6 +48,8 @@ pub enum Verb {
     Validate(validate::ValidateArgs),
     /// Ask sources, stage outputs and published tables in SQL (read only).
     Sql(sql::SqlArgs),
+    /// Remove artifacts that no run needs any more.
+    Gc(gc::GcArgs),
     /// Fetch data sets and models of the catalogue into the cache.
     Fetch(fetch::FetchArgs),
     /// Print the JSON Schema of the pipeline file, or the generated references.
@@ -89,7 +92,10 @@ pub fn execute(cli: Cli, printer: &Printer) -> Result<()> {
         .enable_all()
         .build()
         .map_err(|e| Error::environment("cannot start the worker threads").because(e))?;
-    runtime.block_on(dispatch(cli, printer))
+    let done = runtime.block_on(dispatch(cli, printer));
+    // What a stop request left behind on a worker thread must not hold the process.
+    runtime.shutdown_background();
+    done
 }
 
 async fn dispatch(cli: Cli, printer: &Printer) -> Result<()> {
@@ -98,6 +104,7 @@ async fn dispatch(cli: Cli, printer: &Printer) -> Result<()> {
         Verb::Plan(args) => plan::main(args, printer).await,
         Verb::Validate(args) => validate::main(args, printer).await,
         Verb::Sql(args) => sql::main(args, printer).await,
+        Verb::Gc(args) => gc::main(args, printer).await,
         Verb::Fetch(args) => fetch::main(args, printer).await,
         Verb::Schema(args) => schema::main(args, printer),
         Verb::Llm(args) => llm::main(args, printer).await,

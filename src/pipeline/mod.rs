@@ -7,13 +7,19 @@
 
 pub mod cache;
 pub mod check;
+pub mod cost;
+pub mod current;
 pub mod diagnostics;
 pub mod document;
 pub mod events;
 pub mod fingerprint;
+pub mod gc;
 pub mod graph;
+pub mod journal;
 pub mod json_schema;
+pub mod minutes;
 pub mod nodes;
+pub mod options;
 pub mod params;
 pub mod parse;
 pub mod plan;
