@@ -4,6 +4,7 @@
 //! document, stderr the talk. One file per verb; a verb is a variant of [`Verb`] and a file.
 
 pub mod fetch;
+pub mod gc;
 pub mod init;
 pub mod llm;
 pub mod log;
@@ -54,6 +55,8 @@ pub enum Verb {
     Validate(validate::ValidateArgs),
     /// Ask sources, stage outputs and published tables in SQL (read only).
     Sql(sql::SqlArgs),
+    /// Remove artifacts that no run needs any more.
+    Gc(gc::GcArgs),
     /// Fetch data sets and models of the catalogue into the cache.
     Fetch(fetch::FetchArgs),
     /// Write a first pipeline from your own files.
@@ -116,7 +119,10 @@ pub fn execute(cli: Cli, printer: &Printer) -> Result<()> {
         .enable_all()
         .build()
         .map_err(|e| Error::environment("cannot start the worker threads").because(e))?;
-    runtime.block_on(dispatch(cli, printer))
+    let done = runtime.block_on(dispatch(cli, printer));
+    // What a stop request left behind on a worker thread must not hold the process.
+    runtime.shutdown_background();
+    done
 }
 
 async fn dispatch(cli: Cli, printer: &Printer) -> Result<()> {
@@ -125,6 +131,7 @@ async fn dispatch(cli: Cli, printer: &Printer) -> Result<()> {
         Verb::Plan(args) => plan::main(args, printer).await,
         Verb::Validate(args) => validate::main(args, printer).await,
         Verb::Sql(args) => sql::main(args, printer).await,
+        Verb::Gc(args) => gc::main(args, printer).await,
         Verb::Fetch(args) => fetch::main(args, printer).await,
         Verb::Init(args) => init::main(args, printer).await,
         Verb::Test(args) => test::main(args, printer).await,

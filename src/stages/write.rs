@@ -10,7 +10,7 @@ use std::sync::Arc;
 use arrow::array::{Int64Array, StringArray};
 use async_trait::async_trait;
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use object_store::ObjectStoreExt;
 use schemars::{JsonSchema, schema_for};
 use serde::{Deserialize, Serialize};
@@ -142,9 +142,16 @@ impl Stage for WriteStage {
             .with_help("leave it out of the table: readers get it from the partition"));
         }
         let file = self.file();
-        let rows =
-            Box::pin(RecordBatchStreamAdapter::new(input.schema(), input.batches(None)?.map_err(into_datafusion)));
+        let cancel = ctx.cancel.clone();
+        let batches = input.batches(None)?.and_then(move |batch| {
+            crate::fault::point("write-row");
+            futures::future::ready(cancel.check().map(|()| batch))
+        });
+        let last = futures::stream::once(async { crate::fault::point("write-commit") }).filter_map(async |()| None);
+        let batches = batches.map_err(into_datafusion).chain(last);
+        let rows = Box::pin(RecordBatchStreamAdapter::new(input.schema(), batches));
         let written = StoredTable::write_stream(&ctx.warehouse, &file, rows).await?;
+        crate::fault::point("write-done");
         let sha256 = digest(&written).await?;
         let rows = i64::try_from(written.num_rows()).unwrap_or(i64::MAX);
         let bytes = i64::try_from(written.meta().size).unwrap_or(i64::MAX);

@@ -58,6 +58,8 @@ mod llm_serve;
 mod remote;
 // Servers for these tests.
 mod remote_server;
+// Kills at any point, SIGTERM, what is left behind, and runs that are parts of one or have nothing to do.
+mod kills;
 // `rerank` through the binary: a server, the ledger, reuse, kills.
 mod rerank;
 // Prompts counted by a real tokenizer: budget, common beginning, hostile titles.
