@@ -10,6 +10,7 @@ pub mod columns;
 pub mod device;
 pub mod error;
 pub mod eval;
+pub mod fault;
 pub mod fusion;
 pub mod interactions;
 pub mod llm;

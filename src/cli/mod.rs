@@ -4,6 +4,7 @@
 //! document, stderr the talk. One file per verb; a verb is a variant of [`Verb`] and a file.
 
 pub mod fetch;
+pub mod gc;
 pub mod init;
 pub mod llm;
 pub mod log;
@@ -23,6 +24,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::error::{Error, Result};
+use crate::pipeline::LoadOptions;
 use printer::Printer;
 
 /// Batch recommendation pipelines: a conventional recommender and an LLM, fused per user.
@@ -57,6 +59,8 @@ pub enum Verb {
     /// Bring a published Delta table back to an earlier version.
     #[command(disable_version_flag = true)]
     Restore(restore::RestoreArgs),
+    /// Remove artifacts that no run needs any more.
+    Gc(gc::GcArgs),
     /// Fetch data sets and models of the catalogue into the cache.
     Fetch(fetch::FetchArgs),
     /// Write a first pipeline from your own files.
@@ -82,10 +86,26 @@ pub struct PipelineArgs {
     pub sets: Vec<(String, String)>,
 }
 
+/// What a pipeline file may name.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Sandbox {
+    /// For a file from somebody else: refuses it where a local path in it, or its root, leaves DIR (here by default),
+    /// by `..`, by an absolute path or by a symbolic link.
+    #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true, default_missing_value = ".")]
+    pub sandbox: Option<PathBuf>,
+}
+
 impl PipelineArgs {
     /// Parses and checks the file.
     pub fn load(&self) -> Result<crate::pipeline::Pipeline> {
-        crate::pipeline::load(&self.pipeline, &self.params, &self.sets)
+        self.load_within(&Sandbox::default())
+    }
+
+    /// The same; with `--sandbox`, every local path that it names must lie below a folder.
+    pub fn load_within(&self, sandbox: &Sandbox) -> Result<crate::pipeline::Pipeline> {
+        let sandbox = sandbox.sandbox.as_deref();
+        let options = LoadOptions { params: &self.params, sets: &self.sets, sandbox, ..LoadOptions::default() };
+        crate::pipeline::load_with(&self.pipeline, &options)
     }
 }
 
@@ -103,7 +123,10 @@ pub fn execute(cli: Cli, printer: &Printer) -> Result<()> {
         .enable_all()
         .build()
         .map_err(|e| Error::environment("cannot start the worker threads").because(e))?;
-    runtime.block_on(dispatch(cli, printer))
+    let done = runtime.block_on(dispatch(cli, printer));
+    // What a stop request left behind on a worker thread must not hold the process.
+    runtime.shutdown_background();
+    done
 }
 
 async fn dispatch(cli: Cli, printer: &Printer) -> Result<()> {
@@ -113,6 +136,7 @@ async fn dispatch(cli: Cli, printer: &Printer) -> Result<()> {
         Verb::Validate(args) => validate::main(args, printer).await,
         Verb::Sql(args) => sql::main(args, printer).await,
         Verb::Restore(args) => restore::main(args, printer).await,
+        Verb::Gc(args) => gc::main(args, printer).await,
         Verb::Fetch(args) => fetch::main(args, printer).await,
         Verb::Init(args) => init::main(args, printer).await,
         Verb::Test(args) => test::main(args, printer).await,

@@ -6,6 +6,9 @@ use comfy_table::{Table, presets};
 use super::PipelineArgs;
 use super::printer::Printer;
 use crate::error::{Error, Result};
+use crate::pipeline::Pipeline;
+use crate::pipeline::cost::{Cost, nights};
+use crate::pipeline::journal::RunEntry;
 use crate::pipeline::nodes::Surroundings;
 use crate::pipeline::plan::{PlannedNode, State, plan};
 use crate::pipeline::run::RunOptions;
@@ -22,6 +25,9 @@ pub struct PlanArgs {
     /// As in `run`: everything will run again.
     #[arg(long, conflicts_with = "from")]
     fresh: bool,
+    /// As in `run`: minutes that the LLM may take.
+    #[arg(long, value_name = "MINUTES", value_parser = super::run::minutes)]
+    budget: Option<f64>,
     /// One JSON document instead of a table.
     #[arg(long)]
     json: bool,
@@ -31,13 +37,14 @@ pub struct PlanArgs {
 pub async fn main(args: PlanArgs, printer: &Printer) -> Result<()> {
     let pipeline = args.pipeline.load()?;
     let around = Surroundings::of(&pipeline)?;
-    let options = RunOptions { from: args.from, fresh: args.fresh, ..RunOptions::default() };
+    let options = RunOptions { from: args.from, fresh: args.fresh, minutes: args.budget, ..RunOptions::default() };
     let nodes = plan(&pipeline, &around, &options).await?;
     if args.json {
         let text = serde_json::to_string_pretty(&nodes).map_err(|e| Error::internal("plan as JSON").because(e))?;
         printer.data(&text);
     } else {
-        printer.data(&table(&nodes));
+        let runs = nights(&pipeline).await?;
+        printer.data(&format!("{}\n{}", table(&nodes), cost(&pipeline, &nodes, &runs)));
     }
     Ok(())
 }
@@ -58,11 +65,25 @@ fn table(nodes: &[PlannedNode]) -> String {
             State::Cached => "cached".to_owned(),
             State::WillRun { why } => format!("will run: {why}"),
         };
-        let seconds = node.seconds.map_or_else(String::new, |s| format!("{s:.1} s"));
+        let seconds = node.seconds.or(node.last_seconds).map_or_else(String::new, |s| format!("{s:.1} s"));
         let folder = node.fingerprint.as_deref().map_or("", |f| &f[..12]);
         let estimate = node.estimate.to_string();
         table.add_row([&node.name, &node.kind, &node.reads.join(", "), &state, &seconds, &estimate, folder]);
     }
     let will_run = nodes.iter().filter(|n| matches!(n.state, State::WillRun { .. })).count();
     format!("{table}\n{} cached, {will_run} will run", nodes.len() - will_run)
+}
+
+/// What tonight will take beside what the last night took, from recorded rates.
+fn cost(pipeline: &Pipeline, nodes: &[PlannedNode], runs: &[RunEntry]) -> String {
+    let tonight = Cost::tonight(nodes, &pipeline.name, runs);
+    let unknown = match tonight.unknown {
+        0 => String::new(),
+        n => format!("; {n} stages have never run here, so their time is not in it"),
+    };
+    let last = match Cost::last_night(&pipeline.name, runs) {
+        Some((run_id, cost)) => format!("last night: {cost} ({run_id})"),
+        None => "last night: nothing is recorded yet".to_owned(),
+    };
+    format!("tonight:    {tonight}{unknown}\n{last}")
 }

@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::error::Error;
+use crate::error::{Error, Fault};
 use crate::pipeline::Pipeline;
 use crate::pipeline::artifact_source::warning;
 use crate::pipeline::run::RunReport;
@@ -49,7 +49,7 @@ pub fn success(pipeline: &Pipeline, report: &RunReport, metrics: Vec<Value>, tab
 /// The document of a run that failed.
 pub fn failure(pipeline: &str, run_id: &str, error: &Error) -> Value {
     json!({
-        "status": "failed",
+        "status": if error.fault == Fault::NothingToDo { "skipped" } else { "failed" },
         "exit_code": error.fault.exit_code(),
         "pipeline": pipeline,
         "run_id": run_id,

@@ -42,6 +42,9 @@ pub struct SqlArgs {
     /// Replaces one key of the file, as in `run`.
     #[arg(long = "set", value_name = "STAGE.KEY=VALUE", value_parser = key_value)]
     sets: Vec<(String, String)>,
+    /// Lets the question name files: `select * from 'more.parquet'`. Without it, SQL sees the pipeline's tables only.
+    #[arg(long)]
+    allow_paths: bool,
     /// How the rows come out.
     #[arg(long, value_enum, default_value = "table")]
     format: OutputFormat,
@@ -86,6 +89,7 @@ pub async fn main(args: SqlArgs, printer: &Printer) -> Result<()> {
     let pipeline = PipelineArgs { pipeline: args.pipeline, params: args.params, sets: args.sets }.load()?;
     let around = Surroundings::of(&pipeline)?;
     let (session, missing) = tables_of::session(&pipeline, &around).await?;
+    let session = if args.allow_paths { session.enable_url_table() } else { session };
     let with_missing = |e: Error| {
         let e = as_usage(e);
         match missing.is_empty() {

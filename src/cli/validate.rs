@@ -2,8 +2,8 @@
 
 use clap::Args;
 
-use super::PipelineArgs;
 use super::printer::Printer;
+use super::{PipelineArgs, Sandbox};
 use crate::error::Result;
 use crate::pipeline::check;
 use crate::pipeline::nodes::Surroundings;
@@ -14,11 +14,13 @@ use crate::pipeline::nodes::Surroundings;
 pub struct ValidateArgs {
     #[command(flatten)]
     pipeline: PipelineArgs,
+    #[command(flatten)]
+    sandbox: Sandbox,
 }
 
 /// Prints what was checked; errors end with exit 78 (65 where the data does not fit).
 pub async fn main(args: ValidateArgs, printer: &Printer) -> Result<()> {
-    let pipeline = args.pipeline.load()?;
+    let pipeline = args.pipeline.load_within(&args.sandbox)?;
     let around = Surroundings::of(&pipeline)?;
     let checked = check::check(&pipeline, &around).await?;
     for line in &checked.lines {

@@ -166,8 +166,11 @@ impl Cache {
 
     /// Writes `stage.json` for files that are already in the folder (sources stream theirs).
     pub async fn complete(&self, folder: &Store, record: &Record) -> Result<()> {
+        crate::fault::point("stage-data");
         let text = serde_json::to_vec_pretty(record).map_err(|e| Error::internal("stage.json").because(e))?;
-        folder.put(RECORD_FILE, text.into()).await
+        folder.put(RECORD_FILE, text.into()).await?;
+        crate::fault::point("stage-done");
+        Ok(())
     }
 }
 

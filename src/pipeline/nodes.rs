@@ -12,10 +12,10 @@ use super::fingerprint::Identity;
 use super::{Pipeline, StageNode};
 use crate::catalog::{Catalog, FetchProgress};
 use crate::error::Result;
-use crate::stages::ModelFile;
+use crate::stages::{ModelFile, Stage};
 use crate::tables::Store;
 use crate::tables::source::source_objects;
-use crate::tables::source_config::SourceConfig;
+use crate::tables::source_config::{OnMissing, SourceConfig};
 
 /// Where a run finds what is not in the pipeline file.
 pub struct Surroundings {
@@ -57,6 +57,8 @@ const SOURCE_VERSION: u32 = 1;
 /// Identity of a source: its config and the name, size and tag (or time) of every file that it reads.
 pub async fn source_identity(name: &str, config: &SourceConfig, store: &Store) -> Result<Identity> {
     let objects: Vec<String> = source_objects(name, config, store).await?.iter().map(|o| o.version()).collect();
+    // Whether absence is a failure changes nothing of what is read.
+    let config = SourceConfig { on_missing: OnMissing::default(), needs: BTreeMap::new(), ..config.clone() };
     Ok(Identity {
         kind: "source".into(),
         version: SOURCE_VERSION,
@@ -67,9 +69,10 @@ pub async fn source_identity(name: &str, config: &SourceConfig, store: &Store) -
     })
 }
 
-/// Identity of a stage, or the name of the first input whose content is not known yet.
+/// Identity of a node that does what `stage` does (its own, or its own with a budget filled in), or the name of the first input whose content is not known yet.
 pub fn stage_identity(
     node: &StageNode,
+    stage: &dyn Stage,
     known: &Digests,
     models: &BTreeMap<String, ModelFile>,
 ) -> std::result::Result<Identity, String> {
@@ -84,7 +87,7 @@ pub fn stage_identity(
     Ok(Identity {
         kind: node.kind.name.to_owned(),
         version: node.kind.version,
-        config: node.stage.identity(),
+        config: stage.identity(),
         inputs,
         models: models.iter().map(|(name, file)| (name.clone(), file.digest.clone())).collect(),
         seed: node.seed,

@@ -7,7 +7,10 @@ use serde::Serialize;
 use super::Pipeline;
 use super::artifact_source;
 use super::cache::{Cache, Record};
+use super::cost::nights;
 use super::graph::ResolvedInput;
+use super::journal::{self, RunEntry, tokens_per_second};
+use super::minutes::{minutes_of, remembered};
 use super::nodes::{Digests, Surroundings, source_identity, source_store, stage_identity};
 use super::run::RunOptions;
 use crate::error::{Fault, Result};
@@ -43,6 +46,12 @@ pub struct PlannedNode {
     pub fingerprint: Option<String>,
     /// Seconds that it took, where it is cached.
     pub seconds: Option<f64>,
+    /// Seconds that the stage of this name took in the last night.
+    pub last_seconds: Option<f64>,
+    /// Prompt tokens that it asked the LLM in the last night.
+    pub last_tokens: Option<f64>,
+    /// Seconds that it will take, where it will run: as long as last, or its tokens by the rate of the last nights.
+    pub expected_seconds: Option<f64>,
     /// Output -> rows, where it is cached.
     pub rows: BTreeMap<String, u64>,
     /// What the work will take, as far as that is known; nothing where it is cached.
@@ -56,8 +65,9 @@ pub struct PlannedNode {
 pub async fn plan(pipeline: &Pipeline, around: &Surroundings, options: &RunOptions) -> Result<Vec<PlannedNode>> {
     let cache = Cache::new(Store::open(&pipeline.artifacts, &pipeline.root)?);
     let forced = options.forced(pipeline)?;
+    let runs = nights(pipeline).await?;
     let mut known = Digests::new();
-    let mut nodes = Vec::new();
+    let mut nodes: Vec<PlannedNode> = Vec::new();
     for (name, config) in &pipeline.sources {
         let mut node = PlannedNode::new(name, "source", Vec::new());
         match source_store(pipeline, config, around, None).await? {
@@ -76,6 +86,7 @@ pub async fn plan(pipeline: &Pipeline, around: &Surroundings, options: &RunOptio
                 look_up(&cache, &forced, &mut node, fingerprint, "new or changed files or settings").await?;
             }
         }
+        node.expect(&runs, &pipeline.name);
         node.learn(&mut known);
         nodes.push(node);
     }
@@ -87,13 +98,24 @@ pub async fn plan(pipeline: &Pipeline, around: &Surroundings, options: &RunOptio
             let file = around.catalog.model_digest(&model, &pipeline.root, &around.cache)?;
             models.insert(model, file);
         }
-        match stage_identity(stage, &known, &models) {
+        let minutes = minutes_of(stage.stage.as_ref(), options.minutes);
+        match stage_identity(stage, stage.stage.as_ref(), &known, &models) {
             Err(upstream) => node.state = will_run(&format!("after `{upstream}`")),
             Ok(identity) if !stage.stage.cacheable() => {
                 let publishes = stage.kind.name.starts_with("write");
                 node.state = will_run(if publishes { "publishes in every run" } else { "asked in every run" });
                 // What it gave last time can be read all the same.
                 node.record = cache.find(&identity.fingerprint()).await?;
+                node.fingerprint = Some(identity.fingerprint());
+            }
+            Ok(_) if let Some(minutes) = minutes => {
+                match remembered(&cache, &runs, &pipeline.name, stage, (&known, &models), minutes).await? {
+                    Some((record, _)) => {
+                        let fingerprint = record.fingerprint.clone();
+                        look_up(&cache, &forced, &mut node, fingerprint, "").await?;
+                    }
+                    None => node.state = will_run("its minutes become users when it starts"),
+                }
             }
             Ok(identity) => {
                 look_up(&cache, &forced, &mut node, identity.fingerprint(), "new or changed settings or inputs")
@@ -106,7 +128,13 @@ pub async fn plan(pipeline: &Pipeline, around: &Surroundings, options: &RunOptio
                 Some((input.slot.slot.clone(), from.record.as_ref()?.counters.clone()))
             };
             node.estimate = stage.stage.estimate(&stage.inputs.iter().filter_map(counters).collect(), &models);
+            let rate = tokens_per_second(&runs, &pipeline.name, &stage.name);
+            if let (Some(minutes), Some(rate)) = (minutes, rate) {
+                let most = (rate * minutes * 60.0) as u64;
+                node.estimate.tokens = Some(node.estimate.tokens.map_or(most, |tokens| tokens.min(most)));
+            }
         }
+        node.expect(&runs, &pipeline.name);
         node.learn(&mut known);
         nodes.push(node);
     }
@@ -149,9 +177,23 @@ impl PlannedNode {
             state: will_run(""),
             fingerprint: None,
             seconds: None,
+            last_seconds: None,
+            last_tokens: None,
+            expected_seconds: None,
             rows: BTreeMap::new(),
             estimate: Estimate::default(),
             record: None,
+        }
+    }
+
+    /// What earlier nights say of the time.
+    fn expect(&mut self, runs: &[RunEntry], pipeline: &str) {
+        let last = journal::nights(runs, pipeline, 1).next().and_then(|run| run.node(&self.name));
+        self.last_seconds = last.map(|n| n.seconds);
+        self.last_tokens = last.and_then(|n| n.llm_tokens);
+        if matches!(self.state, State::WillRun { .. }) {
+            let by_rate = self.estimate.tokens.zip(tokens_per_second(runs, pipeline, &self.name));
+            self.expected_seconds = by_rate.map(|(tokens, rate)| tokens as f64 / rate).or(self.last_seconds);
         }
     }
 

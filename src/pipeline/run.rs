@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
@@ -13,50 +13,19 @@ use super::artifact_source;
 use super::cache::{Cache, Record, table_record};
 use super::events::{Events, NodePlace};
 use super::fingerprint::Identity;
+use super::journal::{self, Journal, RunEntry};
 use super::lease::Leases;
+use super::minutes::{self, minutes_of, remembered};
 use super::nodes::{Digests, Surroundings, source_identity, source_store, stage_identity};
+pub use super::options::RunOptions;
 use super::{Pipeline, StageNode};
 use crate::catalog::FetchProgress;
 use crate::error::{Error, Result};
-use crate::stages::context::Cancel;
-use crate::stages::{ModelFile, Publishing, StageContext, StageInput, StageResult, What};
+use crate::stages::context::{Cancel, Shard};
+use crate::stages::{ModelFile, Observer, Publishing, Stage, StageContext, StageInput, StageResult, What};
 use crate::tables::source::{SourceReport, SourceTarget, read_source};
 use crate::tables::source_config::SourceConfig;
 use crate::tables::{SqlMemory, Store, Table};
-
-/// What a person asks of a run.
-#[derive(Clone, Debug, Default)]
-pub struct RunOptions {
-    /// Runs this node and all that read from it again.
-    pub from: Option<String>,
-    /// Runs everything again.
-    pub fresh: bool,
-    /// Does everything but the commits of what is published.
-    pub no_publish: bool,
-}
-
-impl RunOptions {
-    /// The nodes that must run whatever the cache holds.
-    pub fn forced(&self, pipeline: &Pipeline) -> Result<BTreeSet<String>> {
-        let names = || pipeline.sources.iter().map(|(n, _)| n).chain(pipeline.stages.iter().map(|s| &s.name));
-        if self.fresh {
-            return Ok(names().cloned().collect());
-        }
-        let Some(from) = &self.from else { return Ok(BTreeSet::new()) };
-        if !names().any(|n| n == from) {
-            let near = names().max_by(|a, b| strsim::jaro_winkler(a, from).total_cmp(&strsim::jaro_winkler(b, from)));
-            return Err(Error::usage(format!("--from names `{from}`, which is no stage or source of this pipeline"))
-                .with_help(near.map_or_else(String::new, |n| format!("did you mean `{n}`?"))));
-        }
-        let mut forced = BTreeSet::from([from.clone()]);
-        for stage in &pipeline.stages {
-            if stage.inputs.iter().any(|i| forced.contains(i.from.name())) {
-                forced.insert(stage.name.clone());
-            }
-        }
-        Ok(forced)
-    }
-}
 
 /// One node of a finished run.
 #[derive(Clone, Debug)]
@@ -104,6 +73,51 @@ struct Run<'a> {
     cancel: Cancel,
     known: Digests,
     records: BTreeMap<String, Record>,
+    /// Earlier runs.
+    nights: Vec<RunEntry>,
+    journal: Journal,
+    minutes: Option<f64>,
+    shard: Option<Shard>,
+}
+
+/// What a node gave, and whether it was there already.
+struct Done {
+    record: Record,
+    cached: bool,
+    /// The budget in minutes and the users that it became.
+    budget: Option<(f64, u64)>,
+}
+
+impl Done {
+    fn found(record: Record) -> Self {
+        Done { record, cached: true, budget: None }
+    }
+    fn made(record: Record) -> Self {
+        Done { record, cached: false, budget: None }
+    }
+}
+
+/// How long a stage that was asked to stop may take to reach a row boundary.
+const GRACE: Duration = Duration::from_secs(6);
+
+/// Work that a stop request ends: at the next row boundary where the work looks for one, and after [`GRACE`] wherever it is.
+/// What it had not stored by then counts as not done, which a run that starts again can stand at any point.
+async fn stoppable<T>(cancel: &Cancel, work: impl Future<Output = Result<T>>) -> Result<T> {
+    let late = async {
+        let stopped = loop {
+            match cancel.check() {
+                Ok(()) => tokio::time::sleep(Duration::from_millis(50)).await,
+                Err(stopped) => break stopped,
+            }
+        };
+        tokio::time::sleep(GRACE).await;
+        stopped
+    };
+    tokio::select! {
+        biased;
+        done = work => done,
+        stopped = late => Err(stopped),
+    }
 }
 
 /// Runs the pipeline. `run_id` comes from the caller, so that tests can fix it.
@@ -118,11 +132,17 @@ pub async fn run(
     let began = Instant::now();
     let started_at = now();
     let forced = options.forced(pipeline)?;
+    let left_out = options.left_out(pipeline)?;
     let artifacts = Store::open(&pipeline.artifacts, &pipeline.root)?;
+    let nights = journal::read(&artifacts).await?;
+    let journal = Journal::begin(&artifacts, run_id, &pipeline.name, &started_at).await?;
     let warehouse = Store::open(&pipeline.warehouse, &pipeline.root)?;
     let places: Vec<String> = match options.no_publish {
         true => Vec::new(),
-        false => pipeline.stages.iter().filter_map(|s| s.stage.publishes()).collect(),
+        false => {
+            let runs = pipeline.stages.iter().filter(|s| !left_out.contains(&s.name));
+            runs.filter_map(|s| s.stage.publishes()).collect()
+        }
     };
     let leases = Leases::acquire(&warehouse, &places, run_id, &pipeline.name).await?;
     let publishing = Publishing {
@@ -143,14 +163,22 @@ pub async fn run(
         cancel: cancel.clone(),
         known: Digests::new(),
         records: BTreeMap::new(),
+        nights,
+        journal,
+        minutes: options.minutes,
+        shard: options.shard,
     };
-    let done = run.nodes(&forced).await;
+    let nodes = run.all(&forced, &left_out).await;
     // A lease that stays ends by itself; what the run came to is what counts.
-    let released = leases.release().await;
-    if let Err(e) = released {
+    if let Err(e) = leases.release().await {
         events.line(&format!("the run's lease was not given back: {}", e.message));
     }
-    Ok(RunReport { run_id: run_id.to_owned(), nodes: done?, seconds: began.elapsed().as_secs_f64(), started_at })
+    let seconds = began.elapsed().as_secs_f64();
+    // What ended the run is what is reported, also where the journal cannot be written then.
+    let ended = run.journal.end(nodes.is_ok() && !options.partial(), seconds).await;
+    let nodes = nodes?;
+    ended?;
+    Ok(RunReport { run_id: run_id.to_owned(), nodes, seconds, started_at })
 }
 
 fn now() -> String {
@@ -173,31 +201,32 @@ impl FetchProgress for FetchLines<'_> {
 }
 
 impl Run<'_> {
-    /// All nodes in their order.
-    async fn nodes(&mut self, forced: &BTreeSet<String>) -> Result<Vec<NodeReport>> {
-        let pipeline = self.pipeline;
-        let total = pipeline.sources.len() + pipeline.stages.len();
+    /// All nodes in order.
+    async fn all(&mut self, forced: &BTreeSet<String>, left_out: &BTreeSet<String>) -> Result<Vec<NodeReport>> {
+        let (pipeline, cancel) = (self.pipeline, self.cancel.clone());
+        let total = pipeline.sources.len() + pipeline.stages.len() - left_out.len();
         let mut nodes = Vec::with_capacity(total);
-        for (name, config) in &pipeline.sources {
-            self.cancel.check()?;
+        for (name, config) in pipeline.sources.iter().filter(|(name, _)| !left_out.contains(name)) {
+            cancel.check()?;
             let place = NodePlace { index: nodes.len() + 1, total, name: name.clone(), kind: "source".into() };
-            let (record, cached) = self.source(&place, config, forced.contains(name)).await?;
-            nodes.push(self.finish(place, record, cached));
+            let done = stoppable(&cancel, self.source(&place, config, forced.contains(name))).await?;
+            nodes.push(self.finish(place, done).await);
         }
-        for stage in &pipeline.stages {
-            self.cancel.check()?;
-            let place =
-                NodePlace { index: nodes.len() + 1, total, name: stage.name.clone(), kind: stage.kind.name.into() };
-            let (record, cached) = self
-                .stage(&place, stage, forced.contains(&stage.name))
+        for stage in pipeline.stages.iter().filter(|s| !left_out.contains(&s.name)) {
+            cancel.check()?;
+            let kind = stage.kind.name.into();
+            let place = NodePlace { index: nodes.len() + 1, total, name: stage.name.clone(), kind };
+            let done = stoppable(&cancel, self.stage(&place, stage, forced.contains(&stage.name)))
                 .await
                 .map_err(|e| e.at(format!("stage `{}`", stage.name)))?;
-            nodes.push(self.finish(place, record, cached));
+            nodes.push(self.finish(place, done).await);
         }
         Ok(nodes)
     }
 
-    fn finish(&mut self, place: NodePlace, record: Record, cached: bool) -> NodeReport {
+    async fn finish(&mut self, place: NodePlace, done: Done) -> NodeReport {
+        let Done { record, cached, budget } = done;
+        self.journal.node(&place, &record, cached, budget).await;
         for (output, o) in &record.outputs {
             self.known.insert((place.name.clone(), output.clone()), o.sha256.clone());
         }
@@ -209,7 +238,7 @@ impl Run<'_> {
         NodeReport { name: place.name, kind: place.kind, cached, record }
     }
 
-    async fn source(&self, place: &NodePlace, config: &SourceConfig, forced: bool) -> Result<(Record, bool)> {
+    async fn source(&self, place: &NodePlace, config: &SourceConfig, forced: bool) -> Result<Done> {
         let observer = self.events.started(place);
         let fetch = FetchLines(self.events.as_ref(), observer.clone());
         let store = source_store(self.pipeline, config, self.around, Some(&fetch)).await?;
@@ -219,8 +248,10 @@ impl Run<'_> {
         }
         let identity = source_identity(&place.name, config, &store).await?;
         let fingerprint = identity.fingerprint();
+        self.journal.at_work(&fingerprint).await?;
+        let restated = self.restated(place, &identity, observer.as_ref()).await;
         if !forced && let Some(record) = self.cache.find(&fingerprint).await? {
-            return Ok((record, true));
+            return Ok(Done::found(record));
         }
         let began = Instant::now();
         let folder = self.cache.folder(&fingerprint);
@@ -237,14 +268,42 @@ impl Run<'_> {
             memory: SqlMemory { limit: self.pipeline.memory_limit, spill_dir: self.pipeline.spill_dir.clone() },
             tick: &tick,
         };
-        let SourceReport { table, bad_rows, counters } = read_source(&place.name, config, &store, &target).await?;
+        let SourceReport { table, bad_rows, mut counters } = read_source(&place.name, config, &store, &target).await?;
+        if restated > 0 {
+            counters.insert("restated_files".into(), restated.into());
+        }
         let outputs = BTreeMap::from([
             ("rows".to_owned(), table_record(&folder, "rows.parquet", &table).await?),
             ("bad_rows".to_owned(), table_record(&folder, "bad_rows.parquet", &bad_rows).await?),
         ]);
         let record = self.record(&identity, place, began, counters, outputs);
         self.cache.complete(&folder, &record).await?;
-        Ok((record, false))
+        Ok(Done::made(record))
+    }
+
+    /// Notes the files that the source reads, and says which of them the last night read in another version: an earlier
+    /// partition was written again. Returns how many.
+    async fn restated(&self, place: &NodePlace, identity: &Identity, observer: &dyn Observer) -> usize {
+        let files = files_of(identity);
+        let last = journal::nights(&self.nights, &self.pipeline.name, 1).next();
+        let before = last.and_then(|night| night.inputs.get(&place.name));
+        // A source of one file is written whole every night.
+        let changed: Vec<&String> = match before {
+            Some(before) if files.len() > 1 => {
+                files.iter().filter(|(file, v)| before.get(*file).is_some_and(|b| b != *v)).map(|(f, _)| f).collect()
+            }
+            _ => Vec::new(),
+        };
+        if let Some(first) = changed.first() {
+            observer.note(&format!(
+                "{} of {} files were written again since the last run, {first} first; what depends on them is computed again",
+                changed.len(),
+                files.len()
+            ));
+        }
+        let n = changed.len();
+        self.journal.source(&place.name, files).await;
+        n
     }
 
     /// A source that is an artifact. Its age is looked at in every run.
@@ -297,7 +356,7 @@ impl Run<'_> {
         }
     }
 
-    async fn stage(&self, place: &NodePlace, node: &StageNode, forced: bool) -> Result<(Record, bool)> {
+    async fn stage(&self, place: &NodePlace, node: &StageNode, forced: bool) -> Result<Done> {
         let observer = self.events.started(place);
         let mut models: BTreeMap<String, ModelFile> = BTreeMap::new();
         for name in node.outside_models() {
@@ -306,18 +365,98 @@ impl Run<'_> {
                 self.around.catalog.resolve_model(&name, &self.pipeline.root, &self.around.cache, &fetch).await?;
             models.insert(name, file);
         }
-        let identity = stage_identity(node, &self.known, &models)
-            .map_err(|upstream| Error::internal(format!("`{upstream}` has not run before this stage")))?;
+        let minutes = minutes_of(node.stage.as_ref(), self.minutes);
+        if let Some(minutes) = minutes {
+            return self.within(node, minutes, (models, observer), forced).await;
+        }
+        let identity = self.identity(node, node.stage.as_ref(), &models)?;
+        let cacheable = node.stage.cacheable();
         if !forced
-            && node.stage.cacheable()
-            && let Some(record) = self.cache.find(&identity.fingerprint()).await?
+            && cacheable
+            && let Some(record) = self.found(&identity).await?
+        {
+            return Ok(Done::found(record));
+        }
+        let ctx = self.context(node, models, observer).await?;
+        self.work(node, node.stage.as_ref(), &ctx).await.map(Done::made)
+    }
+
+    /// A stage with a budget in minutes: as a number of users, by the rate of earlier nights or of a few users asked now.
+    async fn within(
+        &self,
+        node: &StageNode,
+        minutes: f64,
+        (models, observer): (BTreeMap<String, ModelFile>, Arc<dyn Observer>),
+        forced: bool,
+    ) -> Result<Done> {
+        let name = &self.pipeline.name;
+        let around = (&self.known, &models);
+        if !forced
+            && let Some((record, users)) = remembered(&self.cache, &self.nights, name, node, around, minutes).await?
             && !record.ask_again()
         {
-            return Ok((record, true));
+            return Ok(Done { budget: Some((minutes, users)), ..Done::found(record) });
         }
-        let began = Instant::now();
+        let models_again = models.clone();
+        let ctx = self.context(node, models, observer.clone()).await?;
+        let mut rate = minutes::recorded(&self.nights, name, &node.name);
+        if let (Some(shard), None) = (self.shard, rate) {
+            return Err(Error::usage(format!("--shard {shard}: no night has recorded how fast `{}` is asked", node.name))
+                .with_help("without a rate each share would take another number of users; run one night without --shard first, or set budget.users"));
+        }
+        let mut pilot = minutes::PILOT;
+        let everyone = node.stage.users_within(&ctx, f64::MAX).await?;
+        while rate.is_none() && pilot / 2 < everyone {
+            let stage = self.for_users(node, pilot)?;
+            let identity = self.identity(node, stage.as_ref(), &models_again)?;
+            let record = match self.found(&identity).await? {
+                Some(record) => record,
+                None => self.work(node, stage.as_ref(), &ctx).await?,
+            };
+            rate = minutes::measured(&record);
+            pilot *= 2;
+        }
+        // Whoever is left was answered before: asking costs nothing.
+        let users = match rate {
+            Some(rate) => node.stage.users_within(&ctx, rate * minutes * 60.0).await?,
+            None => everyone,
+        };
+        let rate = rate.map_or_else(String::new, |rate| format!(" at {rate:.0} prompt tokens per second"));
+        observer.note(&format!("{minutes} minutes are {users} of {everyone} users{rate}"));
+        let stage = self.for_users(node, users)?;
+        let identity = self.identity(node, stage.as_ref(), &models_again)?;
+        let budget = Some((minutes, users));
+        if !forced && let Some(record) = self.found(&identity).await? {
+            return Ok(Done { budget, ..Done::found(record) });
+        }
+        let record = self.work(node, stage.as_ref(), &ctx).await?;
+        Ok(Done { budget, ..Done::made(record) })
+    }
+
+    fn for_users(&self, node: &StageNode, users: u64) -> Result<Box<dyn Stage>> {
+        node.stage.for_users(users).ok_or_else(|| Error::internal(format!("`{}` asks nobody", node.name)))
+    }
+
+    fn identity(&self, node: &StageNode, stage: &dyn Stage, models: &BTreeMap<String, ModelFile>) -> Result<Identity> {
+        stage_identity(node, stage, &self.known, models)
+            .map_err(|upstream| Error::internal(format!("`{upstream}` has not run before this stage")))
+    }
+
+    /// The cached result, where it may stand for another.
+    async fn found(&self, identity: &Identity) -> Result<Option<Record>> {
+        let fingerprint = identity.fingerprint();
+        self.journal.at_work(&fingerprint).await?;
+        Ok(self.cache.find(&fingerprint).await?.filter(|record| !record.ask_again()))
+    }
+
+    async fn context(
+        &self,
+        node: &StageNode,
+        mut models: BTreeMap<String, ModelFile>,
+        observer: Arc<dyn Observer>,
+    ) -> Result<StageContext> {
         let inputs = self.inputs(node, &mut models).await?;
-        let ctx = StageContext {
+        Ok(StageContext {
             name: node.name.clone(),
             seed: node.seed,
             device: self.pipeline.device,
@@ -331,11 +470,22 @@ impl Run<'_> {
             spill_dir: self.pipeline.spill_dir.clone(),
             observer,
             cancel: self.cancel.clone(),
-        };
-        let result = node.stage.run(&ctx).await?;
-        drop(ctx);
-        let record = self.cache.store(&identity, &node.name, &self.run_id, began, result).await?;
-        Ok((record, false))
+        })
+    }
+
+    /// The work itself. A share of the users gives answers for the ledger and no tables, and is not kept as a result.
+    async fn work(&self, node: &StageNode, stage: &dyn Stage, ctx: &StageContext) -> Result<Record> {
+        let began = Instant::now();
+        let known_models: BTreeMap<String, ModelFile> =
+            node.outside_models().into_iter().filter_map(|m| Some((m.clone(), ctx.models.get(&m)?.clone()))).collect();
+        let identity = self.identity(node, stage, &known_models)?;
+        if let Some(shard) = self.shard.and_then(|shard| stage.shard(shard)) {
+            let result = shard.run(ctx).await?;
+            let place = NodePlace { index: 0, total: 0, name: node.name.clone(), kind: node.kind.name.into() };
+            return Ok(self.record(&identity, &place, began, result.counters, BTreeMap::new()));
+        }
+        let result = stage.run(ctx).await?;
+        self.cache.store(&identity, &node.name, &self.run_id, began, result).await
     }
 
     /// The stage's inputs; LLMs that other stages made go to `models`, as folders.
@@ -364,6 +514,18 @@ impl Run<'_> {
         }
         Ok(inputs)
     }
+}
+
+/// File -> version of what a source reads, out of its identity.
+fn files_of(identity: &Identity) -> BTreeMap<String, String> {
+    let objects = identity.config["objects"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    objects
+        .filter_map(|object| {
+            let mut parts = object.rsplitn(3, ' ');
+            let (stamp, size, file) = (parts.next()?, parts.next()?, parts.next()?);
+            Some((file.to_owned(), format!("{size} {stamp}")))
+        })
+        .collect()
 }
 
 /// Columns that a stage reads must be there (exit 65).

@@ -17,7 +17,7 @@ use super::lineage::config::LineageConfig;
 use super::params::{fill, read_params};
 use super::parse::{apply_sets, parse_document};
 use super::unit_tests::{self, UnitTest};
-use super::validate;
+use super::{sandbox, validate};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::stages::{KINDS, ResolveContext, StageKind};
@@ -172,11 +172,13 @@ pub struct LoadOptions<'a> {
     pub kinds: &'static [StageKind],
     /// Whether messages have ANSI colours.
     pub colour: bool,
+    /// The folder that no local path of the file may leave (`--sandbox`).
+    pub sandbox: Option<&'a Path>,
 }
 
 impl Default for LoadOptions<'_> {
     fn default() -> Self {
-        LoadOptions { params: &[], sets: &[], kinds: KINDS, colour: false }
+        LoadOptions { params: &[], sets: &[], kinds: KINDS, colour: false, sandbox: None }
     }
 }
 
@@ -250,6 +252,14 @@ fn read(source: &SourceText, path: &Path, options: &LoadOptions<'_>, out: &mut V
             return None;
         }
     };
+    if let Some(bounds) = options.sandbox {
+        let bounds = fs_err::canonicalize(bounds).unwrap_or_else(|_| bounds.to_owned());
+        sandbox::check(&root, &root_folder, &bounds, out);
+        // Nothing outside is opened, not even to look for more mistakes.
+        if !out.is_empty() {
+            return None;
+        }
+    }
     let history_at_test = top.history_at_test.as_str();
     let context = ResolveContext { root: &root_folder, history_at_test };
     let stages = graph::build(checked.stages, &checked.sources, &context, top.seed, text, out);

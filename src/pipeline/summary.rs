@@ -112,10 +112,7 @@ pub fn day(pipeline: &Pipeline) -> String {
 pub async fn append_run(pipeline: &Pipeline, report: &RunReport, published: &[Value]) -> Result<()> {
     let warehouse = Store::open(&pipeline.warehouse, &pipeline.root)?;
     let folder = format!("ds={}", day(pipeline));
-    let file = format!("{folder}/{}.parquet", report.run_id);
-    StoredTable::write(&warehouse.child("runs"), &file, &run_row(pipeline, report, published).await?).await?;
-
-    // The rows of `evaluate` as they are, with the run in front.
+    // The rows of `evaluate` as they are, with the run in front. The run's own row comes last: what is in `runs` has its metrics.
     for node in of_kind(report, "evaluate") {
         let table = output_table(pipeline, &node.record, "metrics").await?;
         let batch = table.to_batch()?;
@@ -130,6 +127,9 @@ pub async fn append_run(pipeline: &Pipeline, report: &RunReport, published: &[Va
         let file = format!("{folder}/{}-{}.parquet", report.run_id, node.name);
         StoredTable::write(&warehouse.child("metrics"), &file, &rows).await?;
     }
+    crate::fault::point("runs-row");
+    let file = format!("{folder}/{}.parquet", report.run_id);
+    StoredTable::write(&warehouse.child("runs"), &file, &run_row(pipeline, report, published).await?).await?;
     Ok(())
 }
 

@@ -173,6 +173,7 @@ async fn run_at(pipeline: &Pipeline, around: &Surroundings, test: &UnitTest) -> 
         savings: memory.child("savings"),
         warehouse: memory.child("warehouse"),
         run_id: "test".to_owned(),
+        fingerprint: "test".to_owned(),
         memory_limit: pipeline.memory_limit,
         spill_dir: pipeline.spill_dir.clone(),
         observer: Arc::new(Silent),

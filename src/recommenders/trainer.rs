@@ -159,6 +159,7 @@ pub fn run<L: Learner>(learner: &mut L, schedule: &Schedule, ctx: &FitContext<'_
         let epoch = Epoch { number, loss, valid: measured, seconds };
         ctx.watch.epoch(&epoch);
         log.push(epoch);
+        crate::fault::point("train-epoch");
         if let Some(checkpoints) = ctx.checkpoints
             && saved.elapsed() >= checkpoints.every()
         {

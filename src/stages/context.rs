@@ -221,6 +221,10 @@ impl StageContext {
 /// `true`, the result is used in this run and not taken from the cache in the next.
 pub const ASK_AGAIN: &str = "ask_again";
 
+/// Counter of the prompt tokens that were asked in this run, as budgets count them; with `llm_seconds` it is the rate that a
+/// budget in minutes is turned into users by.
+pub const ASKED_TOKENS: &str = "prompt_tokens_asked";
+
 /// What a stage gives back.
 #[derive(Default)]
 pub struct StageResult {
@@ -276,6 +280,54 @@ impl std::fmt::Display for Estimate {
     }
 }
 
+/// A share of the users, for runs that are divided among several processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// Which share, 0-based.
+    pub index: u64,
+    /// Of how many.
+    pub of: u64,
+}
+
+impl Shard {
+    /// Whether a user belongs to this share: by sha256 of the id as text, so that a user is in the same one every night.
+    pub fn has(&self, user: &str) -> bool {
+        use sha2::{Digest, Sha256};
+        let digest = Sha256::digest(user.as_bytes());
+        let mut first = [0u8; 8];
+        first.copy_from_slice(&digest[..8]);
+        u64::from_be_bytes(first) % self.of.max(1) == self.index
+    }
+}
+
+impl std::str::FromStr for Shard {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let parts = text.split_once('/').and_then(|(i, n)| Some((i.trim().parse().ok()?, n.trim().parse().ok()?)));
+        match parts {
+            Some((index, of)) if index < of => Ok(Shard { index, of }),
+            _ => Err("write it as i/n with i from 0 to n - 1, for example 0/4".to_owned()),
+        }
+    }
+}
+
+impl std::fmt::Display for Shard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.index, self.of)
+    }
+}
+
+/// Whether a budget in minutes is for a stage.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Minutes {
+    /// It asks nobody, or a sample that must not depend on how fast a machine is.
+    No,
+    /// `--budget` may set one.
+    Open,
+    /// The config sets one, which `--budget` replaces.
+    Set(f64),
+}
+
 /// What a stage's config may look at while it is resolved, before anything runs.
 pub struct ResolveContext<'a> {
     /// Folder that relative paths start from.
@@ -314,6 +366,24 @@ pub trait Stage: Send + Sync {
         _models: &BTreeMap<String, ModelFile>,
     ) -> Estimate {
         Estimate::default()
+    }
+    /// Whether a budget in minutes is for this stage. The executor turns it into users before the stage starts, so that
+    /// what the stage does depends on no clock.
+    fn minutes(&self) -> Minutes {
+        Minutes::No
+    }
+    /// This stage with a number of users in place of a budget in minutes; `None` where it asks nobody.
+    fn for_users(&self, _users: u64) -> Option<Box<dyn Stage>> {
+        None
+    }
+    /// How many users `tokens` prompt tokens are enough for, in the order in which this stage asks them.
+    async fn users_within(&self, _ctx: &StageContext, _tokens: f64) -> Result<u64> {
+        Err(Error::internal("a stage that asks nobody has no budget"))
+    }
+    /// This stage, asking its share of the users and giving no tables: answers go to the ledger only. `None` for stages
+    /// that cannot be divided.
+    fn shard(&self, _shard: Shard) -> Option<Box<dyn Stage>> {
+        None
     }
     /// Schemas of the output tables, given those of the input tables (slot -> schema), as far as they
     /// are known before anything runs. `validate` calls it; a `sql` stage plans its query here.

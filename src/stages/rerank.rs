@@ -22,7 +22,7 @@ use async_trait::async_trait;
 pub use self::config::{Budget, Mode, Normalise, Order, RerankConfig, Reuse};
 use self::orders::{Kept, not_asked, orders};
 use self::questions::{Maker, Prompts, Question, interactions_of};
-use self::whom::{Known, asking_order, divide};
+use self::whom::{Known, Whom, asking_order, divide};
 use crate::columns::*;
 use crate::error::{Error, Result};
 use crate::fusion::{Calibration, calibration};
@@ -30,7 +30,7 @@ use crate::llm::ChatTokenizer;
 use crate::llm::ledger::Ledger;
 use crate::llm::ledger::orders::Orders;
 use crate::llm::remote::{Dialect, RemoteSpec};
-use crate::stages::context::{ASK_AGAIN, Estimate};
+use crate::stages::context::{ASK_AGAIN, ASKED_TOKENS, Estimate, Minutes, Shard};
 use crate::stages::{
     InputSlot, ModelFile, OutputSlot, ResolveContext, Stage, StageContext, StageKind, StageResult, What,
 };
@@ -50,7 +50,7 @@ fn resolve(config: serde_json::Value, _ctx: &ResolveContext<'_>) -> Result<Box<d
     let config: RerankConfig =
         serde_json::from_value(config).map_err(|e| Error::spec("the config does not fit").because(e))?;
     let remote = config.resolve()?;
-    Ok(Box::new(Rerank { config, remote, no_weight: false }))
+    Ok(Box::new(Rerank { config, remote, no_weight: false, shard: None }))
 }
 
 struct Rerank {
@@ -59,6 +59,15 @@ struct Rerank {
     remote: Option<RemoteSpec>,
     /// Whether a calibration gives the LLM no weight, so that nobody is asked.
     no_weight: bool,
+    /// The share of the users that is asked, where others ask the rest.
+    shard: Option<Shard>,
+}
+
+/// The inputs, opened.
+struct Opened {
+    prompts: Prompts,
+    interactions: HashMap<Id, i64>,
+    chat: Option<ChatTokenizer>,
 }
 
 /// Slot of the calibration.
@@ -99,6 +108,10 @@ impl Stage for Rerank {
     /// Neither where a server is nor how patiently it is asked, and no name of a key.
     fn identity(&self) -> serde_json::Value {
         let mut identity = serde_json::json!(self.config);
+        // Minutes become users before the stage starts; those are in it.
+        if let Some(budget) = identity["budget"].as_object_mut() {
+            budget.shift_remove("minutes");
+        }
         if let Some(spec) = &self.remote {
             identity["engine"] = spec.identity();
         }
@@ -122,6 +135,34 @@ impl Stage for Rerank {
             estimate.memory_bytes = models.values().next().and_then(|m| estimate::memory(&m.path));
         }
         estimate
+    }
+
+    fn minutes(&self) -> Minutes {
+        match (self.config.order, self.config.budget.minutes) {
+            (_, Some(minutes)) => Minutes::Set(minutes),
+            (Order::TailFirst, None) => Minutes::Open,
+            (Order::Random, None) => Minutes::No,
+        }
+    }
+
+    fn for_users(&self, users: u64) -> Option<Box<dyn Stage>> {
+        let mut config = self.config.clone();
+        let most = config.budget.users.map_or(users, |most| most.min(users));
+        config.budget = Budget { users: Some(most), minutes: None, ..config.budget };
+        let (remote, no_weight, shard) = (self.remote.clone(), self.no_weight, self.shard);
+        Some(Box::new(Rerank { config, remote, no_weight, shard }))
+    }
+
+    async fn users_within(&self, ctx: &StageContext, tokens: f64) -> Result<u64> {
+        match self.calibrated(ctx)? {
+            Some(calibrated) => calibrated.within(ctx, tokens).await,
+            None => self.within(ctx, tokens).await,
+        }
+    }
+
+    fn shard(&self, shard: Shard) -> Option<Box<dyn Stage>> {
+        let (config, remote) = (self.config.clone(), self.remote.clone());
+        Some(Box::new(Rerank { config, remote, no_weight: self.no_weight, shard: Some(shard) }))
     }
 
     async fn plan_schemas(&self, inputs: &BTreeMap<String, SchemaRef>) -> Result<BTreeMap<String, SchemaRef>> {
@@ -186,38 +227,33 @@ impl Rerank {
             no_weight = true;
         }
         let remote = config.resolve()?;
-        Ok(Some(Rerank { config, remote, no_weight }))
+        Ok(Some(Rerank { config, remote, no_weight, shard: self.shard }))
+    }
+
+    /// How many users are asked within a number of tokens.
+    async fn within(&self, ctx: &StageContext, tokens: f64) -> Result<u64> {
+        let opened = self.open(ctx).await?;
+        let maker = self.maker(ctx, opened.chat.as_ref())?;
+        let most = self.config.budget.tokens.map_or(tokens, |most| tokens.min(most as f64));
+        let budget = Budget { tokens: Some(most as u64), minutes: None, ..self.config.budget };
+        let (ledger, earlier) = self.ledgers(ctx, &maker).await?;
+        let whom = self.whom(ctx, &opened, &maker, (&ledger, earlier.as_ref()), budget)?;
+        Ok(whom.asked.len() as u64)
     }
 
     async fn ask(&self, ctx: &StageContext) -> Result<StageResult> {
-        let prompts = Prompts::read(&ctx.collect("prompts").await?)?;
-        let interactions = interactions_of(&ctx.collect("long_tail").await?)?;
-        // Keys need the token ids, so tokenise first; the weights are loaded only if something is left to ask.
-        let chat = match self.models().first() {
-            Some(model) => {
-                let path = ctx.model(model)?.path.clone();
-                Some(tokio::task::spawn_blocking(move || ChatTokenizer::open(&path)).await??)
-            }
-            None => None,
-        };
+        let opened = self.open(ctx).await?;
+        let Opened { prompts, chat, .. } = &opened;
         let maker = self.maker(ctx, chat.as_ref())?;
         if let Some(spec) = &self.remote {
             server::connect(spec, self.config.mode)?;
         }
-        let (mut ledger, unreadable) = Ledger::open(&ctx.savings, &maker.weights).await?;
-        if unreadable > 0 {
-            ctx.observer
-                .note(&format!("{unreadable} unreadable ledger segments skipped; their prompts are asked again"));
-        }
-        let mut earlier = match self.config.reuse {
-            Some(_) => Some(Orders::open(&ctx.savings, &maker.weights).await?),
-            None => None,
-        };
-        let order = asking_order(&prompts, &interactions, self.config.order, ctx.seed);
+        let (mut ledger, mut earlier) = self.ledgers(ctx, &maker).await?;
         let settings = maker.settings_digest();
-        let whom = divide(&prompts, order, self.config.budget, |user| {
-            self.known(user, &prompts, &maker, &ledger, earlier.as_ref(), &settings)
-        })?;
+        let mut whom = self.whom(ctx, &opened, &maker, (&ledger, earlier.as_ref()), self.config.budget)?;
+        if let Some(shard) = self.shard {
+            whom.asked.retain(|user| shard.has(&user.to_string()));
+        }
         let mut asked: Vec<(Id, Vec<Question>)> = Vec::with_capacity(whom.asked.len());
         for user in whom.asked {
             let rows = prompts.rows[&user].iter();
@@ -241,12 +277,13 @@ impl Rerank {
             ctx.observer.note(&format!("{} users keep an earlier order of the LLM", whom.reused.len()));
         }
         let mut llm_tokens: u64 = open.iter().map(|q| q.tokens as u64).sum();
+        let asked_tokens: u64 = open.iter().map(|q| prompts.prompts[q.row].tokens).sum();
         let n_open = open.len();
         let began = std::time::Instant::now();
         let (mut failures, mut counters) = (HashMap::new(), Vec::new());
         match (&self.remote, &chat) {
             (Some(spec), _) => {
-                let done = server::ask(&self.config, ctx, (spec, &maker), &prompts, open, &mut ledger).await?;
+                let done = server::ask(&self.config, ctx, (spec, &maker), prompts, open, &mut ledger).await?;
                 (failures, counters) = (done.failures, done.counters);
                 let counted = |key| counters.iter().find(|(k, _)| *k == key).and_then(|(_, v)| v.as_u64());
                 llm_tokens = counted("llm_prompt_tokens").filter(|n| *n > 0).unwrap_or(llm_tokens);
@@ -259,8 +296,17 @@ impl Rerank {
         }
         let seconds = began.elapsed().as_secs_f64();
         ledger.compact().await?;
+        if self.shard.is_some() {
+            let result =
+                counters.into_iter().fold(StageResult::default(), |r, (name, value)| r.with_counter(name, value));
+            return Ok(result
+                .with_counter("users_asked", asked.len())
+                .with_counter("prompts", n_questions)
+                .with_counter("prompts_reused", answered_before)
+                .with_counter("prompts_failed", failures.len()));
+        }
 
-        let mut outcome = orders(&prompts, &asked, &ledger, &failures, &settings)?;
+        let mut outcome = orders(prompts, &asked, &ledger, &failures, &settings)?;
         if let Some(earlier) = &mut earlier {
             earlier.append(std::mem::take(&mut outcome.given)).await?;
         }
@@ -304,17 +350,61 @@ impl Rerank {
             .with_counter("prompts", n_questions)
             .with_counter("prompts_reused", answered_before)
             .with_counter("llm_tokens", llm_tokens)
+            .with_counter(ASKED_TOKENS, asked_tokens)
             .with_counter("llm_seconds", (seconds * 1000.0).round() / 1000.0)
             .with_counter("llm_tokens_per_second", rate(llm_tokens as f64))
             .with_counter("prompts_per_second", rate(n_open as f64))
-            .with_table("reranked", outcome.reranked.into_table(&prompts)?)
+            .with_table("reranked", outcome.reranked.into_table(prompts)?)
             .with_table("not_asked", not_asked)
-            .with_table("order_bias", outcome.bias.into_table(&prompts)?))
+            .with_table("order_bias", outcome.bias.into_table(prompts)?))
     }
 
     /// Whether a server needs the chat in the template of a model that is here.
     fn needs_template(&self) -> bool {
         self.config.mode == Mode::Likelihood && self.remote.as_ref().is_some_and(|r| r.dialect != Dialect::Vllm)
+    }
+
+    /// Reads the inputs. Keys need the token ids, so the tokenizer is opened too; the weights are loaded only if something
+    /// is left to ask.
+    async fn open(&self, ctx: &StageContext) -> Result<Opened> {
+        let prompts = Prompts::read(&ctx.collect("prompts").await?)?;
+        let interactions = interactions_of(&ctx.collect("long_tail").await?)?;
+        let chat = match self.models().first() {
+            Some(model) => {
+                let path = ctx.model(model)?.path.clone();
+                Some(tokio::task::spawn_blocking(move || ChatTokenizer::open(&path)).await??)
+            }
+            None => None,
+        };
+        Ok(Opened { prompts, interactions, chat })
+    }
+
+    /// What was answered before, and which earlier orders may be kept.
+    async fn ledgers(&self, ctx: &StageContext, maker: &Maker<'_>) -> Result<(Ledger, Option<Orders>)> {
+        let (ledger, unreadable) = Ledger::open(&ctx.savings, &maker.weights).await?;
+        if unreadable > 0 {
+            ctx.observer
+                .note(&format!("{unreadable} unreadable ledger segments skipped; their prompts are asked again"));
+        }
+        let earlier = match self.config.reuse {
+            Some(_) => Some(Orders::open(&ctx.savings, &maker.weights).await?),
+            None => None,
+        };
+        Ok((ledger, earlier))
+    }
+
+    fn whom(
+        &self,
+        ctx: &StageContext,
+        opened: &Opened,
+        maker: &Maker<'_>,
+        (ledger, earlier): (&Ledger, Option<&Orders>),
+        budget: Budget,
+    ) -> Result<Whom<Kept>> {
+        let prompts = &opened.prompts;
+        let order = asking_order(prompts, &opened.interactions, self.config.order, ctx.seed);
+        let settings = maker.settings_digest();
+        divide(prompts, order, budget, |user| self.known(user, prompts, maker, ledger, earlier, &settings))
     }
 
     fn maker<'a>(&'a self, ctx: &StageContext, chat: Option<&'a ChatTokenizer>) -> Result<Maker<'a>> {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use arrow::array::{ArrayRef, BooleanArray, Int64Array, StringArray};
 use async_trait::async_trait;
-use futures::{FutureExt, TryStreamExt};
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use schemars::{JsonSchema, schema_for};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -18,6 +18,7 @@ use super::audit;
 use super::context::{InputSlot, OutputSlot, ResolveContext, Stage, StageContext, StageResult, What};
 use super::registry::StageKind;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::tables::delta::{self, write::Publication};
 use crate::tables::parquet::{BatchStream, put_table};
 use crate::tables::{StoredTable, Table};
@@ -148,6 +149,7 @@ impl WriteStage {
         let may_commit = move || {
             let claim = claim.clone();
             async move {
+                fault::point("write-commit");
                 match &claim {
                     Some(claim) => claim.check().await,
                     None => Ok(()),
@@ -156,6 +158,7 @@ impl WriteStage {
             .boxed()
         };
         let done = publication.publish(&schema, rows, &may_commit).await?;
+        fault::point("write-done");
         Ok(Outcome {
             uri,
             rows: done.rows,
@@ -196,7 +199,10 @@ impl WriteStage {
         if let Some(claim) = &ctx.publishing.claim {
             claim.check().await?;
         }
+        let last = futures::stream::once(async { fault::point("write-commit") }).filter_map(async |()| None);
+        let rows = Box::pin(rows.chain(last));
         let (rows, bytes, sha256) = put_table(&ctx.warehouse, &file, &input.schema(), rows).await?;
+        fault::point("write-done");
         Ok(Outcome { uri, rows, bytes: Some(bytes), sha256: Some(sha256), version: None })
     }
 }
@@ -207,6 +213,7 @@ fn stream(ctx: &StageContext, input: &StoredTable) -> Result<BatchStream> {
     observer.begin("rows", input.num_rows());
     let look = move |batch: arrow::array::RecordBatch| {
         observer.advance(batch.num_rows() as u64);
+        fault::point("write-row");
         let go_on = cancel.check();
         futures::future::ready(go_on.map(|()| batch))
     };

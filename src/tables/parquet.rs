@@ -340,6 +340,7 @@ impl TableWriter {
         while let Some(batch) = self.coalescer.next_completed_batch() {
             if let Some(writer) = &mut self.writer {
                 writer.write(&batch).await.map_err(|e| write_error(&self.name, e))?;
+                crate::fault::point("table-batch");
             }
         }
         Ok(())

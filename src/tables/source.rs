@@ -185,6 +185,7 @@ impl Reading<'_> {
                 let mut row = start;
                 while let Some(batch) = rows.try_next().await? {
                     (self.tick)(batch.num_rows() as u64)?;
+                    crate::fault::point("source-row");
                     let place = Place { file, index, row, row_id: first_row + row };
                     let (kept, set_aside) = self.batch(&batch, &place, &mut text_is_number, tally)?;
                     good.push(&kept).await?;

@@ -57,6 +57,14 @@ pub struct SourceConfig {
     /// `"tailfuse run pipelines/calibrate.toml"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub made_by: Option<String>,
+    /// What is done where there is nothing to read: no file at `uri`, none that `filter` leaves, or not the partition that
+    /// `needs` names. `fail` ends the run with exit code 65, `skip` with 99, which a scheduler shows as a skip.
+    #[serde(default, skip_serializing_if = "OnMissing::is_default")]
+    pub on_missing: OnMissing,
+    /// The Hive partition that this run is about, for example `{ ds = "{{ ds }}" }`: a file of it must be there, though
+    /// earlier ones may be. See `on_missing`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub needs: BTreeMap<String, String>,
     /// Largest tolerated share of bad rows (null or empty ids, values that don't parse). Bad rows
     /// are set aside in the output `bad_rows`; above this share the run stops with exit code 65.
     #[serde(default = "default_max_bad_rows")]
@@ -90,6 +98,8 @@ impl Default for SourceConfig {
             max_age_days: None,
             optional: false,
             made_by: None,
+            on_missing: OnMissing::default(),
+            needs: BTreeMap::new(),
             max_bad_rows: default_max_bad_rows(),
             delimiter: default_delimiter(),
             header: default_header(),
@@ -108,6 +118,23 @@ pub enum SourceFormat {
     Csv,
     /// A Delta table, a folder with a `_delta_log`.
     Delta,
+}
+
+/// What is done where a source has nothing to read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnMissing {
+    /// The run fails (exit code 65).
+    #[default]
+    Fail,
+    /// There is nothing to do (exit code 99).
+    Skip,
+}
+
+impl OnMissing {
+    fn is_default(&self) -> bool {
+        *self == OnMissing::default()
+    }
 }
 
 /// What the rows of a source are.

@@ -15,14 +15,14 @@ use datafusion::prelude::{SessionConfig, SessionContext};
 use futures::{StreamExt, TryStreamExt};
 use object_store::ObjectMeta;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Fault, Result};
 use crate::tables::cleaning::safe_cast;
 use crate::tables::csv::{self, Guess, Layout};
 use crate::tables::delta::read::{ActiveFile, Declared, Snapshot};
 use crate::tables::delta::{self, At};
 use crate::tables::parquet::{BatchStream, plain_type, stream_row_groups};
 use crate::tables::partitions::{PartitionValues, may_match, row_groups_that_may_match};
-use crate::tables::source_config::{SourceConfig, SourceFormat};
+use crate::tables::source_config::{OnMissing, SourceConfig, SourceFormat};
 use crate::tables::{Store, StoredTable};
 
 /// Files that are opened at a time.
@@ -57,6 +57,49 @@ impl SourceObject {
 /// folders. `store` is opened at the source's URI, a file or a folder. Errors: nothing is there,
 /// or nothing that the filter leaves (exit 65); the store does not answer (exit 75).
 pub async fn source_objects(name: &str, config: &SourceConfig, store: &Store) -> Result<Vec<SourceObject>> {
+    let found = present_objects(name, config, store).await.and_then(|objects| {
+        check_needs(name, config, store, &objects)?;
+        Ok(objects)
+    });
+    // What is not there is bad input, or nothing to do, as the config says.
+    found.map_err(|absent| match absent {
+        Absent::Nothing(e) if config.on_missing == OnMissing::Skip => Error { fault: Fault::NothingToDo, ..e },
+        Absent::Nothing(e) | Absent::Failed(e) => e,
+    })
+}
+
+/// Why there are no files to read.
+enum Absent {
+    /// They are not there.
+    Nothing(Error),
+    /// It could not be found out.
+    Failed(Error),
+}
+
+impl From<Error> for Absent {
+    fn from(e: Error) -> Self {
+        Absent::Failed(e)
+    }
+}
+
+/// The partition that the run is about must be among the files.
+fn check_needs(name: &str, config: &SourceConfig, store: &Store, objects: &[SourceObject]) -> Result<(), Absent> {
+    let has = |o: &SourceObject| config.needs.iter().all(|(c, v)| o.folders.get(c) == Some(v.as_str()));
+    if config.needs.is_empty() || objects.iter().any(has) {
+        return Ok(());
+    }
+    let needed: Vec<String> = config.needs.iter().map(|(c, v)| format!("{c}={v}")).collect();
+    let last = objects.last().map(|o| store.display(&o.file)).unwrap_or_default();
+    Err(Absent::Nothing(
+        Error::data(format!(
+            "source `{name}` has no file of the partition {} (the last one is {last})",
+            needed.join("/")
+        ))
+        .with_help("wait for the job that writes it, or set on_missing = \"skip\""),
+    ))
+}
+
+async fn present_objects(name: &str, config: &SourceConfig, store: &Store) -> Result<Vec<SourceObject>, Absent> {
     let objects = list(name, config, store).await?;
     let Some(filter) = config.filter.as_deref().filter(|_| objects.iter().any(|o| !o.folders.is_empty())) else {
         return Ok(objects);
@@ -71,22 +114,24 @@ pub async fn source_objects(name: &str, config: &SourceConfig, store: &Store) ->
     let left: Vec<SourceObject> = objects.iter().zip(keep).filter(|(_, k)| *k).map(|(o, _)| o.clone()).collect();
     if left.is_empty() {
         let last = objects.last().map(|o| store.display(&o.file)).unwrap_or_default();
-        return Err(Error::data(format!(
-            "source `{name}` has no rows: its filter `{filter}` excludes all {} files (the last one is {last})",
-            objects.len()
-        ))
-        .with_help("check the parameters of the run against the partitions that are there"));
+        return Err(Absent::Nothing(
+            Error::data(format!(
+                "source `{name}` has no rows: its filter `{filter}` excludes all {} files (the last one is {last})",
+                objects.len()
+            ))
+            .with_help("check the parameters of the run against the partitions that are there"),
+        ));
     }
     Ok(left)
 }
 
-async fn list(name: &str, config: &SourceConfig, store: &Store) -> Result<Vec<SourceObject>> {
+async fn list(name: &str, config: &SourceConfig, store: &Store) -> Result<Vec<SourceObject>, Absent> {
     let file = match config.format {
         Some(SourceFormat::Delta) => None,
         _ => store.head("").await?,
     };
     if let Some(at) = delta_state(name, config, store, file.is_none()).await? {
-        return list_delta(name, store, at).await;
+        return Ok(list_delta(name, store, at).await?);
     }
     if let Some(meta) = file {
         return Ok(vec![SourceObject { meta, file: String::new(), folders: PartitionValues::default(), table: None }]);
@@ -114,10 +159,10 @@ async fn list(name: &str, config: &SourceConfig, store: &Store) -> Result<Vec<So
     objects.retain(|o| format.is_none() || format_of_name(&o.file).is_none_or(|f| Some(f) == format));
     match (objects.is_empty(), any) {
         (false, _) => Ok(objects),
-        (true, true) => Err(Error::data(format!("source `{name}`: there is no data file below {}", store.display("")))
-            .with_help("data files end in .parquet or .csv, .tsv, .txt; names that begin with `_` or `.` are left out; set `format` for others")),
-        (true, false) => Err(Error::data(format!("source `{name}`: there is nothing at {}", store.display("")))
-            .with_help("check `uri`: a path without a scheme starts from the pipeline's `root`")),
+        (true, true) => Err(Absent::Nothing(Error::data(format!("source `{name}`: there is no data file below {}", store.display("")))
+            .with_help("data files end in .parquet or .csv, .tsv, .txt; names that begin with `_` or `.` are left out; set `format` for others"))),
+        (true, false) => Err(Absent::Nothing(Error::data(format!("source `{name}`: there is nothing at {}", store.display("")))
+            .with_help("check `uri`: a path without a scheme starts from the pipeline's `root`"))),
     }
 }
 

@@ -7,6 +7,10 @@ mod architecture;
 mod docs;
 // The generated reference of tables against the code.
 mod docs_tables;
+// `init` on files of many sorts, and `[[test]]` blocks.
+mod init;
+// Lineage, JSON logs, secrets, the sandbox.
+mod surroundings;
 // The whole path through the binary, on a small world.
 mod end_to_end;
 // The published files, read and scored by another program.
@@ -61,6 +65,8 @@ mod llm_serve;
 mod remote;
 // Servers for these tests.
 mod remote_server;
+// Kills at any point, SIGTERM, what is left behind, and runs that are parts of one or have nothing to do.
+mod kills;
 // `rerank` through the binary: a server, the ledger, reuse, kills.
 mod rerank;
 // Ratings that the LLM gives, one prompt each.

@@ -19,7 +19,7 @@ fn owned(pairs: Pairs<'_>) -> Vec<(String, String)> {
 fn load(file: &str, params: Pairs<'_>, sets: Pairs<'_>) -> Result<Pipeline, Error> {
     let path = Path::new("tests/golden/pipelines").join(file);
     let (params, sets) = (owned(params), owned(sets));
-    load_with(&path, &LoadOptions { params: &params, sets: &sets, kinds: FAKES, colour: false })
+    load_with(&path, &LoadOptions { params: &params, sets: &sets, kinds: FAKES, ..LoadOptions::default() })
 }
 
 /// The message of a broken file, which must be the pipeline file's fault.

@@ -98,6 +98,7 @@ impl Segments {
         let name: String = hasher.finalize().iter().take(16).map(|b| format!("{b:02x}")).collect();
         let file = format!("{name}.parquet");
         StoredTable::write(&self.store, &file, table).await?;
+        crate::fault::point("ledger-put");
         Ok(file)
     }
 
@@ -109,6 +110,7 @@ impl Segments {
         table: &Table,
     ) -> Result<String> {
         let new = self.append(keys, table).await?;
+        crate::fault::point("ledger-merged");
         for file in old.iter().filter(|f| **f != new) {
             self.store.delete(file).await?;
         }

@@ -215,6 +215,7 @@ impl<B: ModelBackend> Run<'_, B> {
             told += &format!(", {speed:.0} tokens/s, about {} left", duration(left));
         }
         self.watch.point(&point, &told);
+        crate::fault::point("tune-step");
     }
 
     fn state(&self) -> State {

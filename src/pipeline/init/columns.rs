@@ -122,9 +122,7 @@ pub async fn look(what: &str, uri: &str, folder: &Path) -> Result<Looked> {
 /// Delimiter, header and format, by the first lines of the first file.
 async fn layout(what: &str, config: &mut SourceConfig, store: &Store) -> Result<()> {
     // A Delta table's files must not be read without its log.
-    if store.head("_delta_log/00000000000000000000.json").await?.is_some()
-        || !store.list("_delta_log").await?.is_empty()
-    {
+    if store.head("").await?.is_none() && !store.list("_delta_log").await?.is_empty() {
         let delta = serde_json::from_value::<SourceFormat>("delta".into());
         config.format = Some(delta.map_err(|_| {
             Error::data(format!("{what}: {} is a Delta table, which `init` cannot look at", store.display("")))

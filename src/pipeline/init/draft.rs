@@ -240,12 +240,17 @@ fn without_llm(items: Option<&str>) -> String {
         Some(items) => (
             format!(
                 r#"
+[stages.titles]
+kind = "sql"
+inputs = {{ items = "{items}" }}
+query = "select item_id, title from items order by item_id"
+
 [stages.with_titles]
 kind = "sql"
-inputs = {{ shortlist = "shortlist", items = "{items}" }}
+inputs = {{ shortlist = "shortlist", titles = "titles" }}
 query = """
-select s.user_id, s.item_id, i.title, s.rec_rank as rank, s.rec_score
-from shortlist s left join items i on s.item_id = i.item_id
+select s.user_id, s.item_id, t.title, s.rec_rank as rank, s.rec_score
+from shortlist s left join titles t on s.item_id = t.item_id
 order by s.user_id, s.rec_rank
 """
 "#

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use url::Url;
 
 /// Who made the events.
-pub const PRODUCER: &str = concat!("https://tailfuse.dev/v", env!("CARGO_PKG_VERSION"));
+pub const PRODUCER: &str = concat!("urn:tailfuse:", env!("CARGO_PKG_VERSION"));
 const SPEC: &str = "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent";
 /// Characters of an error message, and of a query, that are sent.
 const LONGEST: usize = 10_000;

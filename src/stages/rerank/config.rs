@@ -82,8 +82,8 @@ pub enum Order {
     Random,
 }
 
-/// How much the LLM may be asked. The smaller of the two limits counts; no limit asks everyone.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// How much the LLM may be asked. The smallest of the limits counts; no limit asks everyone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Budget {
     /// At most so many users.
@@ -92,6 +92,11 @@ pub struct Budget {
     /// At most so many prompt tokens; a user is asked only when all of their prompts fit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens: Option<u64>,
+    /// At most so many minutes of the LLM. Before the stage starts they are turned into users, by the rate at which earlier
+    /// nights were asked (the first night asks a few users to measure it), so what is published depends on no clock but
+    /// through that number. `tailfuse run --budget` replaces it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub minutes: Option<f64>,
 }
 
 /// When an earlier order of the LLM is kept in place of a new one. Users who keep theirs take nothing of the budget.
@@ -193,6 +198,9 @@ impl RerankConfig {
         }
         if remote.is_some() && self.precision != Precision::default() {
             return Err(Error::spec("`precision` is for the engine in this process").with_help("remove the key"));
+        }
+        if let Some(minutes) = self.budget.minutes.filter(|m| !(m.is_finite() && *m > 0.0)) {
+            return Err(Error::spec(format!("`budget` has minutes = {minutes}")).with_help("give a number above 0"));
         }
         if let Some(ratings) = &self.ratings {
             let sorted = ratings.windows(2).all(|w| w[0] < w[1]) && ratings.iter().all(|r| r.is_finite());

@@ -43,13 +43,13 @@ mod tests {
         let counters = json!({ "users": 110, "skipped_no_title": 8, "skipped_cold_user": 2, "prompts": 200, "prompt_tokens": 40_000 });
         let counters = counters.as_object();
         let of = |users, tokens| {
-            let e = asked(Budget { users, tokens }, counters);
+            let e = asked(Budget { users, tokens, minutes: None }, counters);
             (e.users, e.prompts, e.tokens)
         };
         assert_eq!(of(None, None), (Some(100), Some(200), Some(40_000)));
         assert_eq!(of(Some(25), None), (Some(25), Some(50), Some(10_000)));
         assert_eq!(of(Some(500), Some(20_000)), (Some(50), Some(100), Some(20_000)));
-        let unknown = asked(Budget { users: Some(3), tokens: None }, None);
+        let unknown = asked(Budget { users: Some(3), ..Budget::default() }, None);
         assert_eq!((unknown.users, unknown.prompts, unknown.tokens), (Some(3), None, None));
     }
 

@@ -45,6 +45,7 @@ pub(super) async fn ask(
         let (segment, scored) = tokio::task::spawn_blocking(move || {
             let mut progress = |n: usize| {
                 observer.advance(n as u64);
+                (0..n).for_each(|_| crate::fault::point("rerank-row"));
                 cancel.check()
             };
             score(&llm, &config_of, &segment, &mut progress).map(|s| (segment, s))

@@ -107,6 +107,7 @@ impl Sink for Collector<'_> {
         let question =
             self.questions.get(place).ok_or_else(|| Error::internal("an answer to a question that was not asked"))?;
         self.observer.advance(1);
+        crate::fault::point("rerank-row");
         match outcome {
             Err(failure) => {
                 self.failures.insert(question.prompt_digest.clone(), failure.reason());

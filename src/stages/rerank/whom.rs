@@ -125,7 +125,9 @@ mod tests {
             (None, Some(99), 0),
             (None, Some(500), 5),
         ] {
-            let whom = divide(&five(), order.clone(), Budget { users, tokens }, |_| Ok(Known::<()>::Nothing)).unwrap();
+            let whom =
+                divide(&five(), order.clone(), Budget { users, tokens, minutes: None }, |_| Ok(Known::<()>::Nothing))
+                    .unwrap();
             assert_eq!((whom.asked.len(), whom.left_out.len()), (expected, 5 - expected), "{users:?} {tokens:?}");
         }
     }
@@ -133,7 +135,7 @@ mod tests {
     #[test]
     fn who_keeps_an_order_leaves_the_budget_to_others() {
         let order: Vec<Id> = (0..5).map(Id::Int).collect();
-        let budget = Budget { users: Some(2), tokens: None };
+        let budget = Budget { users: Some(2), ..Budget::default() };
         let known = |user: &Id| {
             Ok(match user {
                 Id::Int(0 | 2) => Known::Reusable(()),

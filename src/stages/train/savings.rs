@@ -146,8 +146,10 @@ impl Checkpoints for StoredCheckpoints {
             for (name, bytes) in files {
                 self.store.put(&format!("{number}/{name}"), bytes).await?;
             }
+            crate::fault::point("checkpoint-data");
             self.store.put(LAST, pointer.into()).await
         })?;
+        crate::fault::point("checkpoint-done");
         self.set_number(Some(number))?;
         self.clear_except(Some(number))
     }
