@@ -549,7 +549,7 @@ fn shards_fill_the_ledger_and_one_run_publishes() {
 #[test]
 fn minutes_become_users_by_the_recorded_rate_and_are_kept() {
     use crate::remote_server::by_heart_server;
-    let server = by_heart_server(None, 60);
+    let server = by_heart_server(None, 100);
     let world = world();
     let pipeline = std::fs::read_to_string(world.path("pipeline.toml")).unwrap();
     let here = "model = \"llm\"\nprompts = \"prompts\"\nskipped = \"prompts.skipped\"\n";
