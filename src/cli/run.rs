@@ -1,9 +1,11 @@
 //! `tailfuse run`: run a pipeline, show what came out, print the result document.
 
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
+use futures::FutureExt;
 use serde_json::Value;
 
 use super::printer::Printer;
@@ -71,7 +73,9 @@ pub async fn main(args: RunArgs, printer: &Printer) -> Result<()> {
     let run_id = new_run_id();
     printer.log().run(&run_id);
     let name = args.pipeline.pipeline.display().to_string();
-    let outcome = work(&args, &run_id, printer).await;
+    // A panic is our bug (exit 70), and has a document like any other failure; the hook has printed where it was.
+    let outcome = AssertUnwindSafe(work(&args, &run_id, printer)).catch_unwind().await;
+    let outcome = outcome.unwrap_or_else(|_| Err(Error::internal("tailfuse stopped at a panic")));
     let (document, texts) = match &outcome {
         Ok((document, texts)) => (document.clone(), texts.as_slice()),
         Err(error) => (result_document::failure(&name, &run_id, error), [].as_slice()),

@@ -3,13 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arrow::array::AsArray;
-use arrow::datatypes::{Int64Type, TimestampMicrosecondType};
+use arrow::datatypes::TimestampMicrosecondType;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -549,7 +549,7 @@ fn shards_fill_the_ledger_and_one_run_publishes() {
 #[test]
 fn minutes_become_users_by_the_recorded_rate_and_are_kept() {
     use crate::remote_server::by_heart_server;
-    let server = by_heart_server(None, 60);
+    let server = by_heart_server(None, 100);
     let world = world();
     let pipeline = std::fs::read_to_string(world.path("pipeline.toml")).unwrap();
     let here = "model = \"llm\"\nprompts = \"prompts\"\nskipped = \"prompts.skipped\"\n";
