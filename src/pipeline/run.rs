@@ -307,15 +307,10 @@ impl Run<'_> {
     }
 
     /// A source that is an artifact. Its age is looked at in every run.
-    async fn artifact(
-        &self,
-        place: &NodePlace,
-        config: &SourceConfig,
-        store: &Store,
-        forced: bool,
-    ) -> Result<(Record, bool)> {
+    async fn artifact(&self, place: &NodePlace, config: &SourceConfig, store: &Store, forced: bool) -> Result<Done> {
         let began = Instant::now();
         let (found, identity) = artifact_source::find(&place.name, config, store).await?;
+        self.journal.at_work(&identity.fingerprint()).await?;
         let known = match forced {
             true => None,
             false => self.cache.find(&identity.fingerprint()).await?,
@@ -333,7 +328,7 @@ impl Run<'_> {
         if let Some(warning) = artifact_source::warning(&record) {
             self.events.line(&format!("warning: {warning}"));
         }
-        Ok((record, cached))
+        Ok(Done { record, cached, budget: None })
     }
 
     fn record(
@@ -455,6 +450,7 @@ impl Run<'_> {
         mut models: BTreeMap<String, ModelFile>,
         observer: Arc<dyn Observer>,
     ) -> Result<StageContext> {
+        let fingerprint = self.identity(node, node.stage.as_ref(), &models)?.fingerprint();
         let inputs = self.inputs(node, &mut models).await?;
         Ok(StageContext {
             name: node.name.clone(),
@@ -464,7 +460,7 @@ impl Run<'_> {
             models,
             savings: self.savings.clone(),
             warehouse: self.warehouse.clone(),
-            publishing: Publishing { fingerprint: identity.fingerprint(), ..self.publishing.clone() },
+            publishing: Publishing { fingerprint, ..self.publishing.clone() },
             run_id: self.run_id.clone(),
             memory_limit: self.pipeline.memory_limit,
             spill_dir: self.pipeline.spill_dir.clone(),
