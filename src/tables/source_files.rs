@@ -83,6 +83,8 @@ pub async fn source_objects(name: &str, config: &SourceConfig, store: &Store) ->
 async fn list(name: &str, config: &SourceConfig, store: &Store) -> Result<Vec<SourceObject>> {
     let file = match config.format {
         Some(SourceFormat::Delta) => None,
+        // Not every server of objects can say of a folder's name that there is no such object.
+        _ if store.is_prefix().await? => None,
         _ => store.head("").await?,
     };
     if let Some(at) = delta_state(name, config, store, file.is_none()).await? {
