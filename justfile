@@ -67,6 +67,10 @@ docs:
 test-remote PYTHON *ARGS:
     TAILFUSE_PYTHON={{ PYTHON }} cargo test --release --test it -- remote:: rerank:: {{ ARGS }}
 
+# Delta tables and S3, read back by a Python that has deltalake and duckdb (`pip install deltalake duckdb`).
+test-storage PYTHON *ARGS:
+    TAILFUSE_TEST_PYTHON={{ PYTHON }} cargo test --release --test it -- delta:: s3:: export_reader:: {{ ARGS }}
+
 # Forgets what stages computed here. Downloads, answers of the LLM (artifacts/ledger*) and published tables stay.
 clean-cache:
     if [ -d artifacts ]; then find artifacts -mindepth 1 -maxdepth 1 ! -name 'ledger*' -exec rm -rf {} +; fi

@@ -128,6 +128,8 @@ async fn present_objects(name: &str, config: &SourceConfig, store: &Store) -> Re
 async fn list(name: &str, config: &SourceConfig, store: &Store) -> Result<Vec<SourceObject>, Absent> {
     let file = match config.format {
         Some(SourceFormat::Delta) => None,
+        // Not every server of objects can say of a folder's name that there is no such object.
+        _ if store.is_prefix().await? => None,
         _ => store.head("").await?,
     };
     if let Some(at) = delta_state(name, config, store, file.is_none()).await? {

@@ -160,6 +160,15 @@ impl Store {
         Ok(found)
     }
 
+    /// Whether this is a folder with something in it. On a local disk a look at the object says it better.
+    pub async fn is_prefix(&self) -> Result<bool> {
+        if self.base.scheme() == "file" {
+            return Ok(false);
+        }
+        let first = self.object.list(Some(&self.prefix)).try_next().await;
+        first.or_failed(|| format!("cannot list {}", self.display(""))).map(|found| found.is_some())
+    }
+
     /// The names directly below `relative`, each once: of objects, and of folders with a `/` at the end.
     pub async fn names(&self, relative: &str) -> Result<Vec<String>> {
         let path = self.path(relative);

@@ -25,17 +25,24 @@ pub fn failed(doing: String, e: object_store::Error) -> Error {
     use object_store::Error as Store;
     let said = text(&e);
     let error = match &e {
-        Store::NotFound { .. } => Error::spec(doing)
+        Store::NotFound { .. } | Store::Generic { .. } if said.contains("NoSuchBucket") || matches!(e, Store::NotFound { .. }) => Error::spec(doing)
             .with_help("there is no such bucket or object; check the URI (tailfuse makes folders and no buckets)"),
-        Store::PermissionDenied { .. } | Store::Unauthenticated { .. } => Error::environment(doing).with_help(
-            "check the credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and what they may do",
-        ),
+        // Lists have no kind of their own for it.
+        _ if is_refusal(&e) || said.contains("403 Forbidden") || said.contains("401 Unauthorized") => {
+            Error::environment(doing).with_help(
+                "check the credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and what they may do",
+            )
+        }
         Store::Generic { .. } if said.contains("redirect without LOCATION") => {
             Error::spec(doing).with_help("the bucket is in another region; set AWS_REGION")
         }
         _ => Error::environment(doing),
     };
     error.because(said)
+}
+
+fn is_refusal(e: &object_store::Error) -> bool {
+    matches!(e, object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. })
 }
 
 /// Shorthand for a call on a store.

@@ -28,14 +28,14 @@ ds = "2026-11-22"
 [sources.log]
 uri = "data/log.parquet"
 
-[stages.top]
+[stages.counts]
 kind = "sql"
-query = "select user_id, item_id, count(*) as n, avg(rating) as mean from log group by 1, 2 order by 1, 2"
+query = "select user_id as customer, item_id as product, count(*) as n, avg(rating) as mean from log group by 1, 2 order by 1, 2"
 inputs = { log = "log" }
 
 [stages.publish]
 kind = "write"
-input = "top"
+input = "counts"
 table = "top"
 partition = { ds = "{{ ds }}" }
 "#;
@@ -87,7 +87,7 @@ import json, sys, duckdb, deltalake
 table = deltalake.DeltaTable(sys.argv[1])
 files = table.file_uris()
 con = duckdb.connect()
-rows = con.sql(f"select user_id, item_id, n, mean from read_parquet({files}, hive_partitioning = true) where ds = '2026-11-22' order by 1, 2").fetchall()
+rows = con.sql(f"select customer, product, n, mean from read_parquet({files}, hive_partitioning = true) where ds = '2026-11-22' order by 1, 2").fetchall()
 history = table.history()
 fields = [[f.name, f.type.type, f.nullable] for f in table.schema().fields]
 print(json.dumps({"version": table.version(), "rows": rows, "fields": fields, "last": history[0], "files": len(files),
@@ -106,7 +106,7 @@ fn another_reader_sees_what_was_published() {
         (&"top".into(), &"delta".into(), &2.into(), &70.into(), &true.into())
     );
     assert_eq!(document["tables"][0]["version"], 1);
-    let ours = world.sql("select user_id, item_id, n, mean from top where ds = '2026-11-22' order by 1, 2");
+    let ours = world.sql("select customer, product, n, mean from top where ds = '2026-11-22' order by 1, 2");
     assert_eq!(ours.len(), 70);
     let days = world.sql("select ds, count(*) n from published.top group by 1 order by 1");
     assert_eq!(
@@ -118,7 +118,7 @@ fn another_reader_sees_what_was_published() {
     let theirs = ask_python(&python, READ, &[world.path("warehouse/top").to_str().unwrap()], &[]);
     assert_eq!((&theirs["version"], &theirs["files"]), (&2.into(), &2.into()));
     for (row, theirs) in ours.iter().zip(theirs["rows"].as_array().unwrap()) {
-        let row: Vec<&serde_json::Value> = ["user_id", "item_id", "n", "mean"].iter().map(|c| &row[*c]).collect();
+        let row: Vec<&serde_json::Value> = ["customer", "product", "n", "mean"].iter().map(|c| &row[*c]).collect();
         assert_eq!(row, theirs.as_array().unwrap().iter().collect::<Vec<_>>());
     }
     let last = &theirs["last"];
@@ -127,7 +127,7 @@ fn another_reader_sees_what_was_published() {
     assert_eq!(last["operationParameters"]["predicate"], "ds = '2026-11-22'");
     assert_eq!(last["fingerprint"].as_str().unwrap().len(), 32);
     let fields: Vec<&str> = theirs["fields"].as_array().unwrap().iter().map(|f| f[0].as_str().unwrap()).collect();
-    assert_eq!(fields, ["user_id", "item_id", "n", "mean", "ds"]);
+    assert_eq!(fields, ["customer", "product", "n", "mean", "ds"]);
 }
 
 #[test]
@@ -135,14 +135,14 @@ fn columns_come_but_do_not_change_and_the_old_partition_stands() {
     let world = top_world();
     world.run(&["pipeline.toml", "--param", "ds=2026-11-21"]);
     let query = |select: &str| {
-        ["run".to_owned(), "pipeline.toml".into(), "--set".into(), format!("top.query=select {select} from log")]
+        ["run".to_owned(), "pipeline.toml".into(), "--set".into(), format!("counts.query=select {select} from log")]
     };
     let run = |code: i32, select: &str| {
         let args = query(select);
         world.expect(code, &args.iter().map(String::as_str).collect::<Vec<_>>())
     };
     // A column more; one that may be null is left out.
-    run(0, "user_id, item_id, 1 as n, 'x' as note");
+    run(0, "user_id as customer, item_id as product, 1 as n, 'x' as note");
     let rows = world.sql("select ds, count(note) notes, count(mean) means from top group by 1 order by 1");
     assert_eq!(
         rows,
@@ -151,18 +151,18 @@ fn columns_come_but_do_not_change_and_the_old_partition_stands() {
             serde_json::json!({"ds": "2026-11-22", "notes": 70, "means": 0}),
         ]
     );
-    let before = world.sql("select * from top order by ds, user_id, item_id");
+    let before = world.sql("select * from top order by ds, customer, product");
     // A type that changed; a column that must be there; rows that fail half-way.
-    let (out, err) = run(65, "user_id, cast(item_id as varchar) as item_id, 1 as n");
-    assert!(err.contains("`item_id`") && err.contains("string") && err.contains("long"), "{err}");
+    let (out, err) = run(65, "user_id as customer, cast(item_id as varchar) as product, 1 as n");
+    assert!(err.contains("`product`") && err.contains("string") && err.contains("long"), "{err}");
     let document: serde_json::Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
     assert_eq!((&document["exit_code"], &document["error"]["retry"]), (&65.into(), &false.into()));
-    let (_, err) = run(65, "item_id, 1 as n");
-    assert!(err.contains("`user_id`") && err.contains("missing"), "{err}");
-    run(65, "user_id, item_id, 1 as n, 'day' as ds");
+    let (_, err) = run(65, "item_id as product, 1 as n");
+    assert!(err.contains("`customer`") && err.contains("missing"), "{err}");
+    run(65, "user_id as customer, item_id as product, 1 as n, 'day' as ds");
     let (_, err) = world.expect(65, &["run", "pipeline.toml", "--set", "publish.partition.hour=noon"]);
     assert!(err.contains("partitioned by ds"), "{err}");
-    assert_eq!(world.sql("select * from top order by ds, user_id, item_id"), before);
+    assert_eq!(world.sql("select * from top order by ds, customer, product"), before);
     // One format for a table.
     let (_, err) = world.expect(78, &["run", "pipeline.toml", "--set", "publish.format=parquet"]);
     assert!(err.contains("Delta table"), "{err}");
@@ -186,11 +186,17 @@ fn a_rehearsal_checks_everything_and_leaves_nothing() {
     let runs = world.sql("select count(*) n from runs");
     let (_, err) = world.expect(
         65,
-        &["run", "pipeline.toml", "--no-publish", "--set", "top.query=select 1 as user_id, item_id, 1 as n from log"],
+        &[
+            "run",
+            "pipeline.toml",
+            "--no-publish",
+            "--set",
+            "counts.query=select 1 as customer, item_id as product, 1 as n from log",
+        ],
     );
-    assert!(err.contains("`user_id`"), "{err}");
+    assert!(err.contains("`customer`"), "{err}");
     let document = world.run(&["pipeline.toml", "--no-publish", "--param", "ds=2026-11-23"]);
-    assert_eq!(stage(&document, "top")["cached"], true);
+    assert_eq!(stage(&document, "counts")["cached"], true);
     assert_eq!(world.sql("select count(*) n from runs"), runs);
     assert_eq!(world.sql("select distinct ds from top").len(), 1);
 }
@@ -230,13 +236,13 @@ inputs = { top = "top" }
     assert_eq!(stage(&document, "top")["counters"]["delta_version"], 1);
     assert_eq!(stage(&days(&[]).0, "top")["cached"], true);
     assert_eq!(days(&["--set", "top.version=0"]).1, ["2026-11-21 70 0"]);
-    assert_eq!(days(&["--set", "top.format=delta", "--set", "top.timestamp=2999-01-01"]).1.len(), 2);
+    assert_eq!(days(&["--set", "top.format=delta", "--set", "top.timestamp='2999-01-01'"]).1.len(), 2);
     let (document, rows) = days(&["--set", "top.filter=ds > '2026-11-21'"]);
     assert_eq!(rows, ["2026-11-22 35 0"]);
     assert_eq!(stage(&document, "top")["counters"]["files"], 1);
     for (set, code, words) in [
         ("top.version=7", 65, &["no version 7", "latest is 1"][..]),
-        ("top.timestamp=2001-01-01", 65, &["no version as old"]),
+        ("top.timestamp='2001-01-01'", 65, &["no version as old"]),
         ("top.timestamp=tonight", 78, &["tonight"]),
         ("top.uri=data", 65, &["not a Delta table"]),
     ] {
@@ -255,17 +261,13 @@ inputs = { top = "top" }
 }
 
 const FOREIGN: &str = r#"
-import sys, deltalake, arro3.core as a
-from datetime import date, datetime, timezone
+import sys, deltalake, duckdb
 path = sys.argv[1]
-def table(n, day, extra):
-    cols = {"uid": a.Array(["a", "b", "c"][:n], type=a.DataType.string()), "item": a.Array([1, 2, 3][:n], type=a.DataType.int32()),
-        "day": a.Array([day] * n, type=a.DataType.date32()), "country": a.Array(["d é/%"] * n, type=a.DataType.string())}
-    if extra:
-        cols["stars"] = a.Array([2.5] * n, type=a.DataType.float32())
-    return a.Table.from_pydict(cols)
-deltalake.write_deltalake(path, table(3, 20778, False), partition_by=["day", "country"])
-deltalake.write_deltalake(path, table(2, 20779, True), mode="append", schema_mode="merge")
+def rows(n, day, more):
+    return duckdb.sql(f"""select * from (select unnest(['a', 'b', 'c'][:{n}]) as uid, unnest(range(1, {n} + 1))::int as item,
+        date '{day}' as day, 'd é/%' as country {more})""")
+deltalake.write_deltalake(path, rows(3, "2026-11-21", ""), partition_by=["day", "country"])
+deltalake.write_deltalake(path, rows(2, "2026-11-22", ", 2.5::float as stars"), mode="append", schema_mode="merge")
 print("{}")
 "#;
 
@@ -428,10 +430,14 @@ async fn what_fails_leaves_the_table_as_it_was() {
     publication.publish(&batch.schema(), stream(vec![Ok(batch.clone())]), lost).await.unwrap_err();
     let snapshot = Snapshot::open(&store, At::Latest).await.unwrap();
     assert_eq!((snapshot.declared.version, snapshot.files.len()), (0, 1));
-    // What such a try leaves is invisible, and a vacuum takes it away; without its retention nothing else goes.
+    // A try that was killed leaves a file that nobody sees, and a vacuum takes it away.
+    store.put("ds=1/part-0-killed-00000000.parquet", "half".into()).await.unwrap();
     assert_eq!(vacuum(&store, 0, true).await.unwrap().len(), 1);
-    at_once(&store, "1", "after", 4).await.unwrap();
-    assert_eq!(restore(&store, At::Version(0)).await.unwrap().version, 2);
+    assert_eq!(vacuum(&store, 0, false).await.unwrap().len(), 1);
+    assert_eq!(store.list("ds=1").await.unwrap().len(), 1);
+    let version = at_once(&store, "1", "after", 4).await.unwrap().version;
+    let back = restore(&store, At::Version(0)).await.unwrap();
+    assert_eq!((back.from, back.to, back.version), (version, 0, version + 1));
 }
 
 // One run at a time.

@@ -29,7 +29,7 @@ options = {"AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"], "AWS_ACCESS_KEY_I
 table = deltalake.DeltaTable("s3://lake/warehouse/top", storage_options=options)
 folder = sys.argv[1]
 files = [folder + "/" + f.split("/warehouse/top/")[1] for f in table.file_uris()]
-rows = duckdb.sql(f"select sum(n), count(*), sum(item_id) from read_parquet({files})").fetchall()
+rows = duckdb.sql(f"select sum(n), count(*), sum(product) from read_parquet({files})").fetchall()
 print(json.dumps({"version": table.version(), "rows": [float(v) for v in rows[0]], "run": table.history()[0]["runId"]}))
 "#;
 
@@ -71,14 +71,14 @@ fn a_pipeline_lives_on_s3() {
     assert_eq!(world.sql("select count(*) n from plain")[0]["n"], 70);
 
     // A refusal leaves the partition as it was.
-    let wrong = "top.query=select 1 as user_id, item_id, 1 as n from log";
+    let wrong = "counts.query=select 1 as customer, item_id as product, 1 as n from log";
     world.expect(65, &[&["run", "pipeline.toml", "--set", wrong], &filter[..]].concat());
     assert_eq!(world.sql("select count(*) n from top")[0]["n"], 140);
 
     let Some(python) = python() else { return };
     let folder = server.file("lake", "warehouse/top");
     let theirs = ask_python(&python, READ, &[folder.to_str().unwrap()], &world.variables);
-    let sums = world.sql("select sum(n) a, count(*) b, sum(item_id) c from top");
+    let sums = world.sql("select sum(n) a, count(*) b, sum(product) c from top");
     assert_eq!(theirs["rows"], serde_json::json!([210.0, 140.0, sums[0]["c"].as_f64().unwrap()]));
     assert_eq!((&theirs["version"], &theirs["run"]), (&1.into(), &document["run_id"]));
 }

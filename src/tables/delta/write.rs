@@ -160,7 +160,10 @@ impl Publication<'_> {
         let kept = plan.file.clone();
         let mut refused = None;
         for _ in 0..ATTEMPTS {
-            may_commit().await?;
+            if let Err(e) = may_commit().await {
+                self.store.delete(&file).await?;
+                return Err(e);
+            }
             let done = self.commit(table.as_ref(), &plan, &file, &written).await;
             let error = match done {
                 Ok(version) => return Ok(self.committed(version, file, written)),
