@@ -9,6 +9,7 @@ pub mod llm;
 pub mod plan;
 pub mod printer;
 pub mod progress;
+pub mod restore;
 pub mod result_document;
 pub mod run;
 pub mod schema;
@@ -50,6 +51,9 @@ pub enum Verb {
     Sql(sql::SqlArgs),
     /// Remove artifacts that no run needs any more.
     Gc(gc::GcArgs),
+    /// Bring a published Delta table back to an earlier version.
+    #[command(disable_version_flag = true)]
+    Restore(restore::RestoreArgs),
     /// Fetch data sets and models of the catalogue into the cache.
     Fetch(fetch::FetchArgs),
     /// Print the JSON Schema of the pipeline file, or the generated references.
@@ -105,6 +109,7 @@ async fn dispatch(cli: Cli, printer: &Printer) -> Result<()> {
         Verb::Validate(args) => validate::main(args, printer).await,
         Verb::Sql(args) => sql::main(args, printer).await,
         Verb::Gc(args) => gc::main(args, printer).await,
+        Verb::Restore(args) => restore::main(args, printer).await,
         Verb::Fetch(args) => fetch::main(args, printer).await,
         Verb::Schema(args) => schema::main(args, printer),
         Verb::Llm(args) => llm::main(args, printer).await,

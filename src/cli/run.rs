@@ -54,6 +54,10 @@ pub struct RunArgs {
     /// number of users before such a stage starts, by the rate of the last nights.
     #[arg(long, value_name = "MINUTES", value_parser = minutes)]
     budget: Option<f64>,
+    /// Do everything but publish: rows and columns are checked against the published tables, and nothing of the run can be
+    /// seen in the warehouse afterwards. The next run without it finds the stages cached.
+    #[arg(long)]
+    no_publish: bool,
     /// Also write the result document to this file.
     #[arg(long, value_name = "FILE")]
     result: Option<PathBuf>,
@@ -97,6 +101,7 @@ async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<(Value,
     let options = RunOptions {
         from: args.from.clone(),
         fresh: args.fresh,
+        no_publish: args.no_publish,
         until: args.until.clone(),
         shard: args.shard,
         minutes: args.budget,
@@ -117,7 +122,7 @@ async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<(Value,
     let report = report?;
     let metrics = summary::metrics(&pipeline, &report).await?;
     let tables = summary::published(&pipeline, &report).await?;
-    if !options.partial() {
+    if !options.partial() && !options.no_publish {
         summary::append_run(&pipeline, &report, &tables).await?;
     }
     let texts = summary::texts(&pipeline, &report).await?;

@@ -17,6 +17,7 @@ pub mod gc;
 pub mod graph;
 pub mod journal;
 pub mod json_schema;
+pub mod lease;
 pub mod minutes;
 pub mod nodes;
 pub mod options;

@@ -26,7 +26,7 @@ pub mod train_items;
 pub mod write;
 
 pub use context::{
-    Artifact, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageInput,
-    StageResult, What,
+    Artifact, Claim, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, Publishing, ResolveContext, Stage,
+    StageContext, StageInput, StageResult, What,
 };
 pub use registry::{KINDS, StageKind};

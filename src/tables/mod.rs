@@ -5,12 +5,14 @@
 
 mod cleaning;
 mod csv;
+pub mod delta;
 pub mod ids;
 pub mod memory;
 pub mod object_io;
 pub mod parquet;
 pub mod partitions;
 mod repeats;
+mod s3;
 pub mod scan;
 pub mod schemas;
 pub mod source;
@@ -21,6 +23,7 @@ mod source_tally;
 pub mod sql_errors;
 pub mod sql_memory;
 pub mod store;
+pub mod store_errors;
 
 pub use ids::{Id, IdColumn};
 pub use memory::Table;

@@ -14,6 +14,8 @@ use rand_chacha::ChaCha8Rng;
 /// A folder with data, model and pipeline; gone when dropped.
 pub struct World {
     pub folder: tempfile::TempDir,
+    /// More of the environment.
+    pub variables: Vec<(String, String)>,
 }
 
 /// One line of the log: user, item, rating, time.
@@ -59,9 +61,14 @@ pub fn write_parquet(path: &Path, columns: Vec<(&str, ArrayRef)>) {
 }
 
 impl World {
+    /// A folder with nothing in it.
+    pub fn empty() -> World {
+        World { folder: tempfile::tempdir().unwrap(), variables: Vec::new() }
+    }
+
     /// The default world: `log()`, `titles()`, the tiny LLM, `pipeline.toml`.
     pub fn new() -> World {
-        let world = World { folder: tempfile::tempdir().unwrap() };
+        let world = World::empty();
         world.write_log(&log());
         let titles = titles();
         write_parquet(
@@ -98,16 +105,22 @@ impl World {
         );
     }
 
-    /// Runs the binary in the world's folder.
-    pub fn tailfuse(&self, args: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_tailfuse"))
+    /// The binary in the world's folder, not started yet.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tailfuse"));
+        command
             .args(args)
             .current_dir(self.folder.path())
             .env("TAILFUSE_CACHE", self.path("cache"))
             .env_remove("RUST_LOG")
             .env_remove("TAILFUSE_PIPELINE")
-            .output()
-            .unwrap()
+            .envs(self.variables.iter().map(|(k, v)| (k, v)));
+        command
+    }
+
+    /// Runs the binary in the world's folder.
+    pub fn tailfuse(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
     }
 
     /// Runs and expects an exit code; gives stdout and stderr.

@@ -77,6 +77,7 @@ impl House {
             models: models.collect(),
             savings: self.store.child("savings"),
             warehouse: self.store.child("warehouse"),
+            publishing: Default::default(),
             run_id: "run-1".to_owned(),
             memory_limit: 1 << 30,
             spill_dir: None,

@@ -27,6 +27,12 @@ mod corrupt_tables;
 mod sources;
 // What the tests of tables share.
 mod table_support;
+// Delta tables: commits, races, columns, versions, the lease of a run.
+mod delta;
+// Sources and published tables on a real S3 server.
+mod s3;
+// That server.
+mod s3_server;
 
 // SQL: functions, shipped files, the names of tables, errors, output, and the stages on it.
 mod query_sql;
@@ -54,6 +60,10 @@ mod llm_serve;
 mod remote;
 // Servers for these tests.
 mod remote_server;
+// Each exit code, by the binary.
+mod exit_codes;
+// Stores and disks that fail.
+mod faulty_places;
 // Kills at any point, SIGTERM, what is left behind, and runs that are parts of one or have nothing to do.
 mod kills;
 // `rerank` through the binary: a server, the ledger, reuse, kills.

@@ -113,6 +113,7 @@ pub fn stage_context(inputs: &[(&str, &StoredTable)]) -> StageContext {
         models: BTreeMap::new(),
         savings: memory(),
         warehouse: memory(),
+        publishing: Default::default(),
         run_id: "run".into(),
         memory_limit: 256 << 20,
         spill_dir: None,

@@ -103,6 +103,7 @@ impl Bench {
                 models: BTreeMap::new(),
                 savings: Store::local(&self.folder.path().join("savings")).unwrap(),
                 warehouse: Store::local(&self.folder.path().join("warehouse")).unwrap(),
+                publishing: Default::default(),
                 run_id: "r".to_owned(),
                 memory_limit: 1 << 28,
                 spill_dir: None,
