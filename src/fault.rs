@@ -38,7 +38,9 @@ pub const POINTS: &[&str] = &[
     "table-batch",
     // A batch of a published table was given to the writer.
     "write-row",
-    // All data of a published table is written, and nothing of it visible.
+    // The writer of a published table has all rows.
+    "write-data",
+    // Right before the commit: of a Delta table, all data is written; of a plain file, the put is data and commit.
     "write-commit",
     // A table was published, and nothing records it yet.
     "write-done",

@@ -134,10 +134,9 @@ pub async fn run(
     let forced = options.forced(pipeline)?;
     let left_out = options.left_out(pipeline)?;
     let artifacts = Store::open(&pipeline.artifacts, &pipeline.root)?;
-    let nights = journal::read(&artifacts).await?;
-    let journal = Journal::begin(&artifacts, run_id, &pipeline.name, &started_at).await?;
     let warehouse = Store::open(&pipeline.warehouse, &pipeline.root)?;
-    let places: Vec<String> = match options.no_publish {
+    // A part of a run publishes nothing, and so holds nobody up.
+    let places: Vec<String> = match options.no_publish || options.partial() {
         true => Vec::new(),
         false => {
             let runs = pipeline.stages.iter().filter(|s| !left_out.contains(&s.name));
@@ -151,6 +150,8 @@ pub async fn run(
         fingerprint: String::new(),
         claim: Some(leases.claim()),
     };
+    let nights = journal::read(&artifacts).await?;
+    let journal = Journal::begin(&artifacts, run_id, &pipeline.name, &started_at).await?;
     let mut run = Run {
         pipeline,
         around,
@@ -175,7 +176,8 @@ pub async fn run(
     }
     let seconds = began.elapsed().as_secs_f64();
     // What ended the run is what is reported, also where the journal cannot be written then.
-    let ended = run.journal.end(nodes.is_ok() && !options.partial(), seconds).await;
+    let whole = nodes.is_ok() && !options.partial() && !options.no_publish;
+    let ended = run.journal.end(whole, seconds).await;
     let nodes = nodes?;
     ended?;
     Ok(RunReport { run_id: run_id.to_owned(), nodes, seconds, started_at })
@@ -270,7 +272,7 @@ impl Run<'_> {
         };
         let SourceReport { table, bad_rows, mut counters } = read_source(&place.name, config, &store, &target).await?;
         if restated > 0 {
-            counters.insert("restated_files".into(), restated.into());
+            counters.insert("restated_partitions".into(), restated.into());
         }
         let outputs = BTreeMap::from([
             ("rows".to_owned(), table_record(&folder, "rows.parquet", &table).await?),
@@ -288,17 +290,14 @@ impl Run<'_> {
         let last = journal::nights(&self.nights, &self.pipeline.name, 1).next();
         let before = last.and_then(|night| night.inputs.get(&place.name));
         // A source of one file is written whole every night.
-        let changed: Vec<&String> = match before {
-            Some(before) if files.len() > 1 => {
-                files.iter().filter(|(file, v)| before.get(*file).is_some_and(|b| b != *v)).map(|(f, _)| f).collect()
-            }
+        let changed = match before {
+            Some(before) if files.len() > 1 => changed_parts(before, &files),
             _ => Vec::new(),
         };
         if let Some(first) = changed.first() {
             observer.note(&format!(
-                "{} of {} files were written again since the last run, {first} first; what depends on them is computed again",
-                changed.len(),
-                files.len()
+                "{} earlier partitions or files were written again since the last run, {first} first; what depends on them is computed again",
+                changed.len()
             ));
         }
         let n = changed.len();
@@ -372,7 +371,8 @@ impl Run<'_> {
         {
             return Ok(Done::found(record));
         }
-        let ctx = self.context(node, models, observer).await?;
+        let mut ctx = self.context(node, models, observer).await?;
+        ctx.publishing.fingerprint = identity.fingerprint();
         self.work(node, node.stage.as_ref(), &ctx).await.map(Done::made)
     }
 
@@ -522,6 +522,21 @@ fn files_of(identity: &Identity) -> BTreeMap<String, String> {
             Some((file.to_owned(), format!("{size} {stamp}")))
         })
         .collect()
+}
+
+/// Partitions (folders of files; files, where there are no folders) that were there before and hold something else now.
+fn changed_parts(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
+    fn parts(files: &BTreeMap<String, String>) -> BTreeMap<&str, Vec<(&str, &str)>> {
+        let mut parts: BTreeMap<&str, Vec<(&str, &str)>> = BTreeMap::new();
+        for (file, version) in files {
+            let part = file.rsplit_once('/').map_or(file.as_str(), |(folder, _)| folder);
+            parts.entry(part).or_default().push((file, version));
+        }
+        parts
+    }
+    let (before, now) = (parts(before), parts(now));
+    let changed = now.iter().filter(|(part, files)| before.get(*part).is_some_and(|b| b != *files));
+    changed.map(|(part, _)| (*part).to_owned()).collect()
 }
 
 /// Columns that a stage reads must be there (exit 65).

@@ -149,7 +149,6 @@ impl WriteStage {
         let may_commit = move || {
             let claim = claim.clone();
             async move {
-                fault::point("write-commit");
                 match &claim {
                     Some(claim) => claim.check().await,
                     None => Ok(()),
@@ -158,7 +157,6 @@ impl WriteStage {
             .boxed()
         };
         let done = publication.publish(&schema, rows, &may_commit).await?;
-        fault::point("write-done");
         Ok(Outcome {
             uri,
             rows: done.rows,
@@ -202,7 +200,6 @@ impl WriteStage {
         let last = futures::stream::once(async { fault::point("write-commit") }).filter_map(async |()| None);
         let rows = Box::pin(rows.chain(last));
         let (rows, bytes, sha256) = put_table(&ctx.warehouse, &file, &input.schema(), rows).await?;
-        fault::point("write-done");
         Ok(Outcome { uri, rows, bytes: Some(bytes), sha256: Some(sha256), version: None })
     }
 }
@@ -217,7 +214,9 @@ fn stream(ctx: &StageContext, input: &StoredTable) -> Result<BatchStream> {
         let go_on = cancel.check();
         futures::future::ready(go_on.map(|()| batch))
     };
-    Ok(Box::pin(input.batches(None)?.and_then(look)))
+    // The end of the rows: the writer has all of them, and nothing of them can be seen.
+    let end = futures::stream::once(async { fault::point("write-data") }).filter_map(async |()| None);
+    Ok(Box::pin(input.batches(None)?.and_then(look).chain(end)))
 }
 
 #[async_trait]
@@ -255,6 +254,7 @@ impl Stage for WriteStage {
             TableFormat::Delta => ("delta", self.delta(ctx, input).await?),
             TableFormat::Parquet => ("parquet", self.parquet(ctx, input).await?),
         };
+        fault::point("write-done");
         let signed = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         let text = |s: &str| -> ArrayRef { Arc::new(StringArray::from(vec![s])) };
         let whole = |n: Option<u64>| -> ArrayRef { Arc::new(Int64Array::from(vec![n.map(signed)])) };

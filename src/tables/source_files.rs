@@ -195,15 +195,15 @@ async fn delta_state(name: &str, config: &SourceConfig, store: &Store, folder: b
     }
 }
 
-async fn list_delta(name: &str, store: &Store, at: At) -> Result<Vec<SourceObject>> {
+async fn list_delta(name: &str, store: &Store, at: At) -> Result<Vec<SourceObject>, Absent> {
     let Snapshot { declared, files } = Snapshot::open(store, at).await.map_err(|e| e.at(format!("source `{name}`")))?;
     if files.is_empty() {
-        return Err(Error::data(format!(
+        let error = Error::data(format!(
             "source `{name}`: the Delta table {} has no rows in version {}",
             store.display(""),
             declared.version
-        ))
-        .with_help("check `uri`, `version` and `timestamp`"));
+        ));
+        return Err(Absent::Nothing(error.with_help("check `uri`, `version` and `timestamp`")));
     }
     let object =
         |f: ActiveFile| SourceObject { meta: f.meta, file: f.file, folders: f.values, table: Some(declared.clone()) };

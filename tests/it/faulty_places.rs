@@ -9,7 +9,8 @@ use crate::fixtures::{USERS, World};
 use crate::remote_server::{Fault, proxy};
 use crate::s3_server::S3Server;
 
-const ROWS: &str = "select user_id, item_id, rank, rec_rank, llm_rank, source from recommendations order by user_id, rank";
+const ROWS: &str =
+    "select user_id, item_id, rank, rec_rank, llm_rank, source from recommendations order by user_id, rank";
 
 /// The binary against the S3 server, or against what stands before it.
 fn on_s3(world: &World, server: &S3Server, endpoint: &str, args: &[&str]) -> Output {
@@ -77,7 +78,9 @@ fn a_store_that_goes_down_leaves_yesterday_and_the_rerun_completes() {
     }
     twin.run(&["pipeline.toml"]);
     // It goes down for good after a number of requests: while reading, in the middle, and when the table is published.
-    for (after, fault) in [(3, Fault::Status(503, None)), (40, Fault::Reset), (90, Fault::Status(503, None)), (150, Fault::Hang)] {
+    for (after, fault) in
+        [(3, Fault::Status(503, None)), (40, Fault::Reset), (90, Fault::Status(503, None)), (150, Fault::Hang)]
+    {
         let seen = AtomicUsize::new(0);
         let down = AtomicBool::new(false);
         let proxy = proxy(address(&server), move |_, _| {
@@ -128,7 +131,10 @@ fn a_write_that_the_disk_refuses_is_75_names_the_file_and_loses_nothing() {
         match output.status.code() {
             Some(75) => {
                 failures += 1;
-                assert!(text.contains("cannot write") && text.contains(&world.path("").display().to_string()), "{text}");
+                assert!(
+                    text.contains("cannot write") && text.contains(&world.path("").display().to_string()),
+                    "{text}"
+                );
             }
             Some(0) => break,
             code => panic!("{bytes}: {code:?}\n{text}"),
@@ -145,10 +151,8 @@ struct SmallDisk(std::path::PathBuf);
 impl SmallDisk {
     fn mount(path: &std::path::Path, size: &str) -> Option<SmallDisk> {
         std::fs::create_dir_all(path).unwrap();
-        let done = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
-            .arg(path)
-            .output();
+        let done =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(path).output();
         match done {
             Ok(output) if output.status.success() => Some(SmallDisk(path.to_owned())),
             _ => None,

@@ -65,6 +65,10 @@ mod llm_serve;
 mod remote;
 // Servers for these tests.
 mod remote_server;
+// Each exit code, by the binary.
+mod exit_codes;
+// Stores and disks that fail.
+mod faulty_places;
 // Kills at any point, SIGTERM, what is left behind, and runs that are parts of one or have nothing to do.
 mod kills;
 // `rerank` through the binary: a server, the ledger, reuse, kills.

@@ -164,6 +164,7 @@ impl Publication<'_> {
                 self.store.delete(&file).await?;
                 return Err(e);
             }
+            crate::fault::point("write-commit");
             let done = self.commit(table.as_ref(), &plan, &file, &written).await;
             let error = match done {
                 Ok(version) => return Ok(self.committed(version, file, written)),
