@@ -285,13 +285,7 @@ impl Run<'_> {
     }
 
     /// A source that is an artifact. Its age is looked at in every run.
-    async fn artifact(
-        &self,
-        place: &NodePlace,
-        config: &SourceConfig,
-        store: &Store,
-        forced: bool,
-    ) -> Result<(Record, bool)> {
+    async fn artifact(&self, place: &NodePlace, config: &SourceConfig, store: &Store, forced: bool) -> Result<Done> {
         let began = Instant::now();
         let (found, identity) = artifact_source::find(&place.name, config, store).await?;
         let known = match forced {
@@ -311,7 +305,7 @@ impl Run<'_> {
         if let Some(warning) = artifact_source::warning(&record) {
             self.events.line(&format!("warning: {warning}"));
         }
-        Ok((record, cached))
+        Ok(if cached { Done::found(record) } else { Done::made(record) })
     }
 
     fn record(
@@ -433,6 +427,7 @@ impl Run<'_> {
         mut models: BTreeMap<String, ModelFile>,
         observer: Arc<dyn Observer>,
     ) -> Result<StageContext> {
+        let fingerprint = self.identity(node, node.stage.as_ref(), &models)?.fingerprint();
         let inputs = self.inputs(node, &mut models).await?;
         Ok(StageContext {
             name: node.name.clone(),
@@ -443,7 +438,7 @@ impl Run<'_> {
             savings: self.savings.clone(),
             warehouse: self.warehouse.clone(),
             run_id: self.run_id.clone(),
-            fingerprint: identity.fingerprint(),
+            fingerprint,
             memory_limit: self.pipeline.memory_limit,
             spill_dir: self.pipeline.spill_dir.clone(),
             observer,

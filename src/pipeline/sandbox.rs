@@ -104,10 +104,10 @@ impl Walk<'_> {
                 }
                 let path = entry.path();
                 match entry.file_type() {
-                    Ok(kind) if kind.is_symlink() => {
-                        if real_path(&path).is_none_or(|real| !real.starts_with(self.root)) {
-                            return Some(path);
-                        }
+                    Ok(kind)
+                        if kind.is_symlink() && real_path(&path).is_none_or(|real| !real.starts_with(self.root)) =>
+                    {
+                        return Some(path);
                     }
                     Ok(kind) if kind.is_dir() => folders.push(path),
                     _ => {}
