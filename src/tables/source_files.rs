@@ -133,7 +133,7 @@ async fn list(name: &str, config: &SourceConfig, store: &Store) -> Result<Vec<So
         _ => store.head("").await?,
     };
     if let Some(at) = delta_state(name, config, store, file.is_none()).await? {
-        return Ok(list_delta(name, store, at).await?);
+        return list_delta(name, store, at).await;
     }
     if let Some(meta) = file {
         return Ok(vec![SourceObject { meta, file: String::new(), folders: PartitionValues::default(), table: None }]);
