@@ -78,3 +78,21 @@ clean-cache:
 # What a change must pass.
 ci:
     .ci/run
+
+# Licences, sources and bans of all dependencies against deny.toml: by cargo-deny, or a script of ours where it is not installed.
+deny:
+    if cargo deny --version >/dev/null 2>&1; then cargo deny --offline check bans licenses sources; else python3 peers/check_licences.py; fi
+
+# The operator in a real Airflow (docs/airflow-test.md): an environment of its own in target/airflow, then the cases of tests/airflow.
+test-airflow *ARGS:
+    cargo build --release
+    test -x target/airflow/bin/airflow || (python3 -m venv target/airflow && target/airflow/bin/pip install -r tests/airflow/requirements.txt)
+    target/airflow/bin/python tests/airflow/run.py --airflow target/airflow/bin --tailfuse target/release/tailfuse --log docs/airflow-test.md {{ ARGS }}
+
+# Lineage events against openlineage-python's classes, with a Python that has it (`pip install openlineage-python==1.54.0`).
+test-lineage PYTHON:
+    TAILFUSE_OPENLINEAGE_PYTHON={{ PYTHON }} cargo test --release --test it -- surroundings::failures_are_told_too
+
+# The `[[test]]` blocks of the pipelines that ship.
+test-pipelines:
+    for p in $(grep -l '^\[\[test\]\]' pipelines/*.toml); do cargo run --release -- test $p; done

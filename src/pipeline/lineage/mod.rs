@@ -93,7 +93,9 @@ impl Lineage {
         let _ = self.news.send((now(), News::Over { kind, message }));
         drop(self.news);
         let stop = self.teller.abort_handle();
-        match tokio::time::timeout(self.patience, self.teller).await {
+        // A run that was told to stop has little time left.
+        let patience = if kind == "ABORT" { self.patience / 2 } else { self.patience };
+        match tokio::time::timeout(patience, self.teller).await {
             Ok(Ok(warned)) => warned,
             Ok(Err(_)) => Some(warning("they could not be made")),
             Err(_) => {
