@@ -100,6 +100,10 @@ impl Stage for WriteArtifact {
         false
     }
 
+    fn publishes(&self) -> Option<String> {
+        Some(self.config.path.clone())
+    }
+
     async fn plan_schemas(&self, _: &BTreeMap<String, SchemaRef>) -> Result<BTreeMap<String, SchemaRef>> {
         let text = |name: &str| Field::new(name, DataType::Utf8, false);
         let count = |name: &str| Field::new(name, DataType::Int64, false);
@@ -119,6 +123,9 @@ impl Stage for WriteArtifact {
             .iter()
             .next()
             .filter(|(name, _)| artifact.files.len() == 1 && ending(path).is_some_and(|e| ending(name) == Some(e)));
+        if let Some(claim) = ctx.publishing.claim.as_ref().filter(|_| !ctx.publishing.dry) {
+            claim.check().await?;
+        }
         match one {
             _ if ctx.publishing.dry => {}
             Some((_, bytes)) => artifact_files::put_file(&ctx.warehouse, path, bytes.clone()).await?,

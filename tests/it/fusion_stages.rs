@@ -79,7 +79,6 @@ impl House {
             warehouse: self.store.child("warehouse"),
             publishing: Default::default(),
             run_id: "run-1".to_owned(),
-            fingerprint: "f".to_owned(),
             memory_limit: 1 << 30,
             spill_dir: None,
             observer: Arc::new(Silent),

@@ -115,7 +115,6 @@ pub fn stage_context(inputs: &[(&str, &StoredTable)]) -> StageContext {
         warehouse: memory(),
         publishing: Default::default(),
         run_id: "run".into(),
-        fingerprint: "f".to_owned(),
         memory_limit: 256 << 20,
         spill_dir: None,
         observer: Arc::new(Quiet),

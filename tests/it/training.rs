@@ -105,7 +105,6 @@ impl Bench {
                 warehouse: Store::local(&self.folder.path().join("warehouse")).unwrap(),
                 publishing: Default::default(),
                 run_id: "r".to_owned(),
-                fingerprint: "f".to_owned(),
                 memory_limit: 1 << 28,
                 spill_dir: None,
                 observer: Arc::new(observer),
