@@ -6,7 +6,9 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::local::LocalFileSystem;
@@ -183,7 +185,13 @@ impl Store {
 
     /// Deletes an object; one that is not there is no error.
     pub async fn delete(&self, relative: &str) -> Result<()> {
-        match self.object.delete(&self.path(relative)).await {
+        let path = self.path(relative);
+        // S3 deletes with a POST, which the client does not send again when the connection breaks; deleting twice is deleting.
+        let again =
+            ExponentialBuilder::default().with_min_delay(Duration::from_millis(100)).with_max_times(4).with_jitter();
+        let broken = |e: &object_store::Error| !matches!(e, object_store::Error::NotFound { .. });
+        let remote = self.base.scheme() != "file";
+        match (|| self.object.delete(&path)).retry(again).when(|e| remote && broken(e)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(e) => Err(failed(format!("cannot delete {}", self.display(relative)), e)),
         }

@@ -170,15 +170,22 @@ fn no_debris(world: &World, twin: &World) {
         // Where answers carry times, folders have names of their own: how many there are counts.
         let mut kinds: Vec<String> =
             artifacts.map(|n| n.split_once('/').map_or(n.clone(), |x| x.1.to_owned())).collect();
-        // Each commit of a Delta table has a data file of its own, whose name says the run.
-        kinds.extend(files(&w.path("warehouse/recommendations")).into_keys().map(|n| match n.contains("part-0-") {
-            true => "data".to_owned(),
-            false => n,
-        }));
+        let of_log = |n: &String| !n.contains("part-0-") && !n.starts_with("_delta_log/");
+        kinds.extend(files(&w.path("warehouse/recommendations")).into_keys().filter(of_log));
         kinds.sort();
         kinds
     };
     assert_eq!(names(world), names(twin));
+    // Of a Delta table: each data file is named by a commit.
+    let table = world.path("warehouse/recommendations");
+    let log: String = files(&table)
+        .keys()
+        .filter(|f| f.starts_with("_delta_log/") && f.ends_with(".json"))
+        .map(|f| std::fs::read_to_string(table.join(f)).unwrap())
+        .collect();
+    let unnamed: Vec<String> =
+        files(&table).into_keys().filter(|f| f.contains("part-0-") && !log.contains(f)).collect();
+    assert!(unnamed.is_empty(), "{unnamed:?}");
     let segments = |w: &World| files(&w.path("artifacts/ledger")).len();
     assert!(segments(world) <= segments(twin) + 64, "{} and {}", segments(world), segments(twin));
     let staged = |w: &World| files(w.folder.path()).into_keys().filter(|n| n.contains('#')).collect::<Vec<_>>();
@@ -647,4 +654,48 @@ fn minutes_become_users_by_the_recorded_rate_and_are_kept() {
     world.write_log(&grown(2));
     let (_, said) = run(&["--budget", &text]);
     assert!(said.contains("prompt tokens per second"), "{said}");
+}
+
+#[test]
+fn a_partition_that_was_written_again_is_noticed_and_a_new_column_breaks_nothing() {
+    use arrow::array::{ArrayRef, Float64Array, Int64Array, StringArray};
+    let world = World::new();
+    let source = "uri = \"data/events.parquet\"\n";
+    assert!(PIPELINE.contains(source));
+    world.write("pipeline.toml", &PIPELINE.replace(source, "uri = \"data/days/\"\nfilter = \"ds <= '{{ ds }}'\"\n"));
+    let day = |ds: &str, lines: &[Line], device: bool| {
+        let mut columns: Vec<(&str, ArrayRef)> = vec![
+            ("uid", Arc::new(StringArray::from_iter(lines.iter().map(|l| l.0.clone())))),
+            ("movie", Arc::new(StringArray::from_iter(lines.iter().map(|l| l.1.clone())))),
+            ("stars", Arc::new(Float64Array::from_iter_values(lines.iter().map(|l| l.2)))),
+            ("ts", Arc::new(Int64Array::from_iter_values(lines.iter().map(|l| l.3)))),
+        ];
+        if device {
+            columns.push(("device", Arc::new(StringArray::from(vec!["phone"; lines.len()]))));
+        }
+        crate::fixtures::write_parquet(&world.path(&format!("data/days/ds={ds}/events.parquet")), columns);
+    };
+    let lines = log();
+    let (first, second) = lines.split_at(lines.len() / 2);
+    let (second, third) = second.split_at(second.len() / 2);
+    day("2026-11-20", first, false);
+    day("2026-11-21", second, false);
+    let days = ["run", "pipeline.toml", "--until", "parts", "--param"];
+    let whole = |ds: &str| world.expect(0, &["run", "pipeline.toml", "--param", &format!("ds={ds}")]);
+    let (_, said) = whole("2026-11-21");
+    assert!(!said.contains("written again"), "{said}");
+    // A day more, with a column more: nothing was written again.
+    day("2026-11-22", third, true);
+    let (_, said) = whole("2026-11-22");
+    assert!(!said.contains("written again"), "{said}");
+    assert_eq!(
+        world.sql("select count(distinct user_id) n from recommendations where ds = '2026-11-22'")[0]["n"],
+        USERS
+    );
+    // The first day is corrected.
+    day("2026-11-20", &first[1..], false);
+    let (out, said) = world.expect(0, &[&days[..], &["ds=2026-11-22"]].concat());
+    assert!(said.contains("ds=2026-11-20") && said.contains("written again"), "{said}");
+    let document: serde_json::Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
+    assert_eq!(stage(&document, "events")["counters"]["restated_partitions"], 1);
 }
