@@ -191,7 +191,13 @@ type Defect = fn(&mut Night);
 async fn each_audit_finds_its_defect() {
     let defects: [(&str, Defect, &str); 18] = [
         ("coverage", |n| n.rows.retain(|r| r.user != 5), ""),
-        ("k_items", |n| drop(n.rows.remove(0)), "user_id=1, items=2"),
+        (
+            "k_items",
+            |n| {
+                n.rows.remove(0);
+            },
+            "user_id=1, items=2",
+        ),
         ("repeats", |n| n.rows[2].item = n.rows[0].item, "user_id=1"),
         ("nulls", |n| n.rows[4].score = f64::NAN, "user_id=2"),
         ("nulls", |n| n.rows[4].item = None, "item_id=null"),
