@@ -242,7 +242,7 @@ fn planted_secrets_are_nowhere() {
         run.env("AWS_SECRET_ACCESS_KEY", AWS).env("AWS_ACCESS_KEY_ID", "AKIAPLANTED4714").env("AWS_REGION", "eu-x-1");
         run.env("OPENLINEAGE_API_KEY", LINEAGE).env("LLM_KEY_OF_TEST", LLM);
         run.env("OPENLINEAGE__TRANSPORT__TYPE", "file").env("OPENLINEAGE__TRANSPORT__LOG_FILE_PATH", "events.jsonl");
-        run.envs(variables.iter().map(|(k, v)| (k, v)));
+        run.envs(variables.iter().copied());
         run.output().unwrap()
     };
     let check = |output: &Output, what: &str| {
@@ -274,7 +274,7 @@ fn planted_secrets_are_nowhere() {
                 .concat(),
         );
         run.env("AWS_SECRET_ACCESS_KEY", AWS).env("AWS_ACCESS_KEY_ID", "AKIAPLANTED4714").env("AWS_REGION", "eu-x-1");
-        run.envs(variables.iter().map(|(k, v)| (k, v)));
+        run.envs(variables.iter().copied());
         check(&run.output().unwrap(), level);
     }
     let receiver = receiver(401).0;
