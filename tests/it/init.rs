@@ -9,7 +9,7 @@ use crate::fixtures::{World, log, titles, write_parquet};
 
 /// A folder without a pipeline.
 fn empty() -> World {
-    let world = World { folder: tempfile::tempdir().unwrap() };
+    let world = World { folder: tempfile::tempdir().unwrap(), variables: Vec::new() };
     crate::fixtures::write_tiny_llm(&world.path("llm"));
     world
 }
