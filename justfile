@@ -35,6 +35,10 @@ bench *ARGS:
 fuzz N="1000000":
     TAILFUSE_FUZZ={{ N }} cargo test --release --lib -- --nocapture llm::hostile fuzz_remote_answers
 
+# N kills (SIGKILL at named points and at random times), night after night: each must end as one that was left alone (docs/reliability.md).
+torture N="100" SEED="1":
+    TAILFUSE_TORTURE={{ N }} TAILFUSE_TORTURE_SEED={{ SEED }} cargo test --release --test it -- --ignored --nocapture kills::many_kills
+
 # Our LLM engine beside llama.cpp (the file as it is, Q4_0 and Q8_0 of the same weights) and transformers; the head of the script says what to install first.
 bench-llm PYTHON GGUF *ARGS:
     cargo build --release
@@ -62,6 +66,10 @@ docs:
 # Remote engines against llama.cpp's own server, with a Python that has xllamacpp (`pip install xllamacpp`).
 test-remote PYTHON *ARGS:
     TAILFUSE_PYTHON={{ PYTHON }} cargo test --release --test it -- remote:: rerank:: {{ ARGS }}
+
+# Delta tables and S3, read back by a Python that has deltalake and duckdb (`pip install deltalake duckdb`).
+test-storage PYTHON *ARGS:
+    TAILFUSE_TEST_PYTHON={{ PYTHON }} cargo test --release --test it -- delta:: s3:: export_reader:: {{ ARGS }}
 
 # Forgets what stages computed here. Downloads, answers of the LLM (artifacts/ledger*) and published tables stay.
 clean-cache:

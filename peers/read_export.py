@@ -4,7 +4,8 @@
     pip install duckdb          (or pyarrow)
     python peers/read_export.py --export warehouse/recommendations --test TEST.parquet
 
---export  a Parquet file, or the folder of the table (`ds=.../part-0.parquet` below it; --ds picks one day).
+--export  a Parquet file, or the folder of the table: a Delta table, whose log is read for the files of its latest version, or
+          Hive partitions (`ds=.../part-0.parquet` below it). --ds picks one day.
 --test    the held-out interactions as Parquet: user_id, item_id, one row per user.
 
 Metrics: the mean over the users of the test table; a user whose item is not among the exported rows counts 0.
@@ -23,9 +24,28 @@ import sys
 COLUMNS = ("user_id", "item_id", "rank", "bucket", "source")
 
 
+def delta_files(export, ds):
+    """The files of the latest version: what was added and not removed later, commit by commit (no checkpoints)."""
+    files = {}
+    commits = sorted(glob.glob(os.path.join(export, "_delta_log", "*.json")))
+    if not commits or not commits[0].endswith("0" * 20 + ".json"):
+        raise SystemExit("the log does not begin at version 0: read it with the deltalake package")
+    for commit in commits:
+        with open(commit, encoding="utf-8") as lines:
+            for line in filter(str.strip, lines):
+                action = json.loads(line)
+                if "remove" in action:
+                    files.pop(action["remove"]["path"], None)
+                if "add" in action:
+                    files[action["add"]["path"]] = action["add"]["partitionValues"]
+    return sorted(os.path.join(export, f) for f, values in files.items() if ds in (None, values.get("ds")))
+
+
 def files_of(export, ds):
     if os.path.isfile(export):
         return [export]
+    if os.path.isdir(os.path.join(export, "_delta_log")):
+        return delta_files(export, ds)
     pattern = os.path.join(export, f"ds={ds}" if ds else "ds=*", "*.parquet")
     found = sorted(glob.glob(pattern)) or sorted(glob.glob(os.path.join(export, "*.parquet")))
     if not found:

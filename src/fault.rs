@@ -1,8 +1,8 @@
 //! Named points at which a test stops the process or slows it down; for tests only.
 //!
 //! In: the environment variable `TAILFUSE_FAULT`, a comma-separated list of `POINT[:N]=ACTION`. Out: at the N-th passing of
-//! the point (every passing where no N is given) the action: `kill` (SIGKILL, nothing is cleaned up), `term` (SIGTERM to
-//! this process, as a scheduler sends it) or `slow:MS` (waits so many milliseconds). Without the variable a point costs
+//! the point (every passing where no N is given) the action: `kill` (SIGKILL, nothing is cleaned up), `term` or `int` (SIGTERM or
+//! SIGINT to this process), `panic` (a bug of ours) or `slow:MS` (waits so many milliseconds). Without the variable a point costs
 //! one look at a value that is never set. The points that there are: [`POINTS`].
 
 use std::sync::OnceLock;
@@ -38,7 +38,9 @@ pub const POINTS: &[&str] = &[
     "table-batch",
     // A batch of a published table was given to the writer.
     "write-row",
-    // All data of a published table is written, and nothing of it visible.
+    // The writer of a published table has all rows.
+    "write-data",
+    // Right before the commit: of a Delta table, all data is written; of a plain file, the put is data and commit.
     "write-commit",
     // A table was published, and nothing records it yet.
     "write-done",
@@ -51,6 +53,8 @@ pub const POINTS: &[&str] = &[
 enum Action {
     Kill,
     Terminate,
+    Interrupt,
+    Panic,
     Slow(Duration),
 }
 
@@ -70,6 +74,8 @@ fn parse(text: &str) -> Vec<Fault> {
         let action = match action.split_once(':') {
             None if action == "kill" => Action::Kill,
             None if action == "term" => Action::Terminate,
+            None if action == "int" => Action::Interrupt,
+            None if action == "panic" => Action::Panic,
             Some(("slow", ms)) => Action::Slow(Duration::from_millis(ms.parse().ok()?)),
             _ => return None,
         };
@@ -92,21 +98,25 @@ pub fn point(name: &str) {
     for fault in faults().iter().filter(|f| f.point == name) {
         let passing = 1 + fault.passed.fetch_add(1, Ordering::SeqCst);
         if fault.at.is_none_or(|at| at == passing) {
-            act(fault.action);
+            act(name, fault.action);
         }
     }
 }
 
-fn act(action: Action) {
+fn act(name: &str, action: Action) {
     match action {
         Action::Slow(time) => std::thread::sleep(time),
         Action::Kill => signal_self(SIGKILL),
         Action::Terminate => signal_self(SIGTERM),
+        Action::Interrupt => signal_self(SIGINT),
+        Action::Panic => panic!("{VARIABLE} asks for a panic at `{name}`"),
     }
 }
 
 #[cfg(unix)]
-use libc::{SIGKILL, SIGTERM};
+use libc::{SIGINT, SIGKILL, SIGTERM};
+#[cfg(not(unix))]
+const SIGINT: i32 = 2;
 #[cfg(not(unix))]
 const SIGKILL: i32 = 9;
 #[cfg(not(unix))]

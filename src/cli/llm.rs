@@ -9,7 +9,7 @@ use super::printer::Printer;
 use crate::catalog::{Catalog, cache_folder};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
-use crate::llm::{Llm, serve::serve};
+use crate::llm::{Llm, LlmOptions, Precision, serve::serve};
 
 /// Arguments of `llm`.
 #[derive(Debug, Args)]
@@ -36,19 +36,24 @@ pub struct LlmArgs {
     /// auto, cpu or cuda.
     #[arg(long, default_value = "auto")]
     device: String,
+    /// Linear layers on a CPU: auto, f32, int16 or int8.
+    #[arg(long, default_value = "auto")]
+    precision: String,
 }
 
 /// Serves until stdin ends.
 pub async fn main(args: LlmArgs, printer: &Printer) -> Result<()> {
     let device: DeviceChoice = serde_json::from_value(serde_json::Value::String(args.device.clone()))
         .map_err(|_| Error::usage(format!("--device `{}` is not auto, cpu or cuda", args.device)))?;
+    let precision: Precision = serde_json::from_value(serde_json::Value::String(args.precision.clone()))
+        .map_err(|_| Error::usage(format!("--precision `{}` is not auto, f32, int16 or int8", args.precision)))?;
     let root = PathBuf::from(".");
     let cache = cache_folder(&root);
     let bar = FetchBar::new(printer, &args.model);
     let file = Catalog::load()?.resolve_model(&args.model, &root, &cache, &bar).await?;
     drop(bar);
     tokio::task::spawn_blocking(move || {
-        let llm = Llm::open(&file.path, device)?;
+        let llm = Llm::open_with(&file.path, device, LlmOptions { precision, ..LlmOptions::default() })?;
         serve(&llm, std::io::stdin().lock(), std::io::stdout().lock())
     })
     .await?

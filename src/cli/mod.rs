@@ -11,6 +11,7 @@ pub mod log;
 pub mod plan;
 pub mod printer;
 pub mod progress;
+pub mod restore;
 pub mod result_document;
 pub mod run;
 pub mod schema;
@@ -55,6 +56,9 @@ pub enum Verb {
     Validate(validate::ValidateArgs),
     /// Ask sources, stage outputs and published tables in SQL (read only).
     Sql(sql::SqlArgs),
+    /// Bring a published Delta table back to an earlier version.
+    #[command(disable_version_flag = true)]
+    Restore(restore::RestoreArgs),
     /// Remove artifacts that no run needs any more.
     Gc(gc::GcArgs),
     /// Fetch data sets and models of the catalogue into the cache.
@@ -131,6 +135,7 @@ async fn dispatch(cli: Cli, printer: &Printer) -> Result<()> {
         Verb::Plan(args) => plan::main(args, printer).await,
         Verb::Validate(args) => validate::main(args, printer).await,
         Verb::Sql(args) => sql::main(args, printer).await,
+        Verb::Restore(args) => restore::main(args, printer).await,
         Verb::Gc(args) => gc::main(args, printer).await,
         Verb::Fetch(args) => fetch::main(args, printer).await,
         Verb::Init(args) => init::main(args, printer).await,

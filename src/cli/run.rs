@@ -1,9 +1,11 @@
 //! `tailfuse run`: run a pipeline, show what came out, print the result document.
 
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
+use futures::FutureExt;
 use serde_json::Value;
 
 use super::printer::Printer;
@@ -42,6 +44,10 @@ pub struct RunArgs {
     /// from those that were kept.
     #[arg(long, conflicts_with = "from")]
     fresh: bool,
+    /// Do everything but publish: rows and columns are checked against the published tables, and nothing of the run can be
+    /// seen in the warehouse afterwards. The next run without it finds the stages cached.
+    #[arg(long)]
+    no_publish: bool,
     /// Run this stage and what it reads from, and nothing else; nothing is published.
     #[arg(long, value_name = "STAGE", conflicts_with = "from")]
     until: Option<String>,
@@ -67,7 +73,9 @@ pub async fn main(args: RunArgs, printer: &Printer) -> Result<()> {
     let run_id = new_run_id();
     printer.log().run(&run_id);
     let name = args.pipeline.pipeline.display().to_string();
-    let outcome = work(&args, &run_id, printer).await;
+    // A panic is our bug (exit 70), and has a document like any other failure; the hook has printed where it was.
+    let outcome = AssertUnwindSafe(work(&args, &run_id, printer)).catch_unwind().await;
+    let outcome = outcome.unwrap_or_else(|_| Err(Error::internal("tailfuse stopped at a panic")));
     let (document, texts) = match &outcome {
         Ok((document, texts)) => (document.clone(), texts.as_slice()),
         Err(error) => (result_document::failure(&name, &run_id, error), [].as_slice()),
@@ -98,6 +106,7 @@ async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<(Value,
     let options = RunOptions {
         from: args.from.clone(),
         fresh: args.fresh,
+        no_publish: args.no_publish,
         until: args.until.clone(),
         shard: args.shard,
         minutes: args.budget,
@@ -124,7 +133,7 @@ async fn work(args: &RunArgs, run_id: &str, printer: &Printer) -> Result<(Value,
     listener.abort();
     printer.log().stage(None);
     let done = match report {
-        Ok(report) => finish(&pipeline, &report, options.partial()).await,
+        Ok(report) => finish(&pipeline, &report, options.partial() || options.no_publish).await,
         Err(e) => Err(e),
     };
     if let Some(lineage) = lineage

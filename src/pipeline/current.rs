@@ -9,6 +9,8 @@ use super::plan::{PlannedNode, State};
 use super::run::output_table;
 use crate::error::Result;
 use crate::tables::Store;
+use crate::tables::delta::read::Snapshot;
+use crate::tables::delta::{self, At};
 
 /// Whether nothing would change. A pipeline that publishes nothing is current where all of it is cached.
 ///
@@ -23,9 +25,17 @@ pub async fn is_current(pipeline: &Pipeline, nodes: &[PlannedNode]) -> Result<bo
                 Some(record) => {
                     let published = output_table(pipeline, &record, "published").await?;
                     let warehouse = Store::open(&pipeline.warehouse, &pipeline.root)?;
-                    let (uris, digests) = (published.strings("uri")?, published.strings("sha256")?);
-                    for (uri, sha256) in uris.into_iter().zip(digests) {
-                        if !holds(&warehouse, &uri.unwrap_or_default(), &sha256.unwrap_or_default()).await? {
+                    let text = |name: &str| published.strings(name);
+                    let all = text("format")?.into_iter().zip(text("uri")?).zip(text("sha256")?);
+                    let stage = pipeline.stage(&node.name).map(|s| s.stage.identity()).unwrap_or_default();
+                    for ((format, uri), sha256) in all {
+                        // A rehearsal published nothing, and has no digest.
+                        let Some(sha256) = sha256 else { return Ok(false) };
+                        let there = match format.as_deref() {
+                            Some("delta") => delta_holds(&warehouse, &stage, &sha256).await?,
+                            _ => holds(&warehouse, &uri.unwrap_or_default(), &sha256).await?,
+                        };
+                        if !there {
                             return Ok(false);
                         }
                     }
@@ -43,6 +53,21 @@ async fn holds(warehouse: &Store, uri: &str, sha256: &str) -> Result<bool> {
     let top = warehouse.display("");
     let Some(file) = uri.strip_prefix(top.trim_end_matches('/')) else { return Ok(false) };
     let bytes = warehouse.get_opt(file.trim_start_matches('/')).await?;
+    Ok(bytes.is_some_and(|bytes| super::fingerprint::sha256_hex(&bytes) == sha256))
+}
+
+/// Whether the partition of a Delta table that a `write` stage of this identity replaces is one file of this content.
+async fn delta_holds(warehouse: &Store, identity: &serde_json::Value, sha256: &str) -> Result<bool> {
+    let table = warehouse.child(identity["table"].as_str().unwrap_or_default());
+    if !delta::is_table(&table).await? {
+        return Ok(false);
+    }
+    let partition: Vec<(&String, Option<&str>)> =
+        identity["partition"].as_object().into_iter().flatten().map(|(c, v)| (c, v.as_str())).collect();
+    let snapshot = Snapshot::open(&table, At::Latest).await?;
+    let ours: Vec<_> = snapshot.files.iter().filter(|f| partition.iter().all(|(c, v)| f.values.get(c) == *v)).collect();
+    let [file] = ours.as_slice() else { return Ok(false) };
+    let bytes = table.get_opt(&file.file).await?;
     Ok(bytes.is_some_and(|bytes| super::fingerprint::sha256_hex(&bytes) == sha256))
 }
 

@@ -48,7 +48,7 @@ pub struct GcOptions {
 pub struct Removal {
     /// Where it is.
     pub place: String,
-    /// What it is: `unused result`, `unfinished result`, `old checkpoint`, `cut-off write`, `old answers`, `old run`.
+    /// What it is: `unused result`, `unfinished result`, `old checkpoint`, `cut-off write`, `old answers`, `old run`, `unpublished data`.
     pub what: &'static str,
     /// Stage that made it, where that is known.
     pub stage: Option<String>,
@@ -64,6 +64,9 @@ pub struct Removal {
     fingerprint: Option<String>,
     #[serde(skip)]
     local: Vec<PathBuf>,
+    /// An object outside of the artifacts.
+    #[serde(skip)]
+    outside: Option<(Store, String)>,
 }
 
 /// What was found.
@@ -89,6 +92,7 @@ pub async fn gc(pipelines: &[(Pipeline, Surroundings)], options: &GcOptions) -> 
     let Some((first, _)) = pipelines.first() else { return Ok(GcReport::default()) };
     let artifacts = Store::open(&first.artifacts, &first.root)?;
     let mut warehouses: BTreeMap<String, Store> = BTreeMap::new();
+    let mut tables: BTreeMap<String, Store> = BTreeMap::new();
     let mut needed = BTreeSet::new();
     for (pipeline, around) in pipelines {
         let own = Store::open(&pipeline.artifacts, &pipeline.root)?;
@@ -103,6 +107,12 @@ pub async fn gc(pipelines: &[(Pipeline, Surroundings)], options: &GcOptions) -> 
             .with_help("name pipelines together that share their artifacts, and call `gc` once for each place"));
         }
         let warehouse = Store::open(&pipeline.warehouse, &pipeline.root)?;
+        for stage in &pipeline.stages {
+            if let (true, Some(table)) = (stage.stage.publishes().is_some(), stage.stage.identity()["table"].as_str()) {
+                let store = warehouse.child(table);
+                tables.insert(store.display(""), store);
+            }
+        }
         warehouses.insert(warehouse.display(""), warehouse);
         needed.extend(plan(pipeline, around, &RunOptions::default()).await?.into_iter().filter_map(|n| n.fingerprint));
     }
@@ -121,6 +131,9 @@ pub async fn gc(pipelines: &[(Pipeline, Surroundings)], options: &GcOptions) -> 
     for warehouse in warehouses.values() {
         removed.extend(look.cut_off(warehouse)?);
     }
+    for (table, store) in &tables {
+        removed.extend(look.never_published(table, store).await?);
+    }
     removed.sort_by(|a, b| a.place.cmp(&b.place));
     if !options.dry_run {
         let mut done = Vec::with_capacity(removed.len());
@@ -131,7 +144,7 @@ pub async fn gc(pipelines: &[(Pipeline, Surroundings)], options: &GcOptions) -> 
         }
         removed = done;
     }
-    let of_artifacts: u64 = removed.iter().filter(|r| r.local.is_empty()).map(|r| r.bytes).sum();
+    let of_artifacts: u64 = removed.iter().filter(|r| r.local.is_empty() && r.outside.is_none()).map(|r| r.bytes).sum();
     Ok(GcReport {
         dry_run: options.dry_run,
         bytes: removed.iter().map(|r| r.bytes).sum(),
@@ -185,7 +198,61 @@ impl Look<'_> {
             objects: objects.iter().map(|(file, _)| file.clone()).collect(),
             fingerprint: None,
             local: Vec::new(),
+            outside: None,
         }
+    }
+
+    /// Data files of a Delta table that no commit ever named: their run was killed before its commit. Files that a commit
+    /// replaced stay, since restores and readers of older versions need them; a vacuum of the table removes those.
+    async fn never_published(&self, place: &str, table: &Store) -> Result<Vec<Removal>> {
+        let top = table.path("");
+        let (mut files, mut named) = (Vec::new(), BTreeSet::new());
+        let mut oldest: Option<(String, DateTime<Utc>)> = None;
+        for object in table.list("").await? {
+            let Some(parts) = object.location.prefix_match(&top) else { continue };
+            let name = parts.map(|p| p.as_ref().to_owned()).collect::<Vec<_>>().join("/");
+            let Some(entry) = name.strip_prefix("_delta_log/") else {
+                files.push((name, object));
+                continue;
+            };
+            if !entry.ends_with(".json") || entry.starts_with('_') || entry.starts_with('.') {
+                continue;
+            }
+            if oldest.as_ref().is_none_or(|(first, _)| entry < first.as_str()) {
+                oldest = Some((entry.to_owned(), object.last_modified));
+            }
+            let Some(bytes) = table.get_opt(&name).await? else { continue };
+            for line in bytes.split(|b| *b == b'\n') {
+                let action: serde_json::Value = serde_json::from_slice(line).unwrap_or_default();
+                for of in ["add", "remove"] {
+                    named.extend(action[of]["path"].as_str().map(str::to_owned));
+                }
+            }
+        }
+        // Entries before the oldest one that is left may have named a file that is older than it.
+        let from_start = oldest.as_ref().is_none_or(|(first, _)| first.trim_start_matches('0') == ".json");
+        let known = |written: DateTime<Utc>| from_start || oldest.as_ref().is_some_and(|(_, time)| written > *time);
+        let orphan = |(name, object): &(String, ObjectMeta)| {
+            let file = name.rsplit('/').next().unwrap_or_default();
+            file.starts_with("part-0-")
+                && file.ends_with(".parquet")
+                && !named.contains(name)
+                && known(object.last_modified)
+                && self.old(object.last_modified, self.debris_days())
+        };
+        let removal = |(name, object): (String, ObjectMeta)| Removal {
+            place: format!("{}/{name}", place.trim_end_matches('/')),
+            what: "unpublished data",
+            stage: None,
+            files: 1,
+            bytes: object.size,
+            age_days: self.age(object.last_modified),
+            objects: Vec::new(),
+            fingerprint: None,
+            local: Vec::new(),
+            outside: Some((table.clone(), name)),
+        };
+        Ok(files.into_iter().filter(orphan).map(removal).collect())
     }
 
     async fn below(
@@ -265,6 +332,7 @@ impl Look<'_> {
                     objects: Vec::new(),
                     fingerprint: None,
                     local: vec![path],
+                    outside: None,
                 });
             }
         }
@@ -319,6 +387,9 @@ async fn remove(artifacts: &Store, removal: &Removal, now: DateTime<Utc>) -> Res
     }
     for object in &removal.objects {
         artifacts.delete(object).await?;
+    }
+    if let Some((table, file)) = &removal.outside {
+        table.delete(file).await?;
     }
     for path in &removal.local {
         match fs_err::remove_file(path) {

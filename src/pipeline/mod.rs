@@ -19,6 +19,7 @@ pub mod graph;
 pub mod init;
 pub mod journal;
 pub mod json_schema;
+pub mod lease;
 pub mod lineage;
 pub mod minutes;
 pub mod nodes;

@@ -15,6 +15,8 @@ pub struct RunOptions {
     pub from: Option<String>,
     /// Runs everything again.
     pub fresh: bool,
+    /// Does everything but the commits of what is published.
+    pub no_publish: bool,
     /// Runs this node and what it reads from, nothing else; nothing is published.
     pub until: Option<String>,
     /// Asks this share of the users; stages that read what the LLM said do not run, and nothing is published.

@@ -14,6 +14,7 @@ use super::cache::{Cache, Record, table_record};
 use super::events::{Events, NodePlace};
 use super::fingerprint::Identity;
 use super::journal::{self, Journal, RunEntry};
+use super::lease::Leases;
 use super::minutes::{self, minutes_of, remembered};
 use super::nodes::{Digests, Surroundings, source_identity, source_store, stage_identity};
 pub use super::options::RunOptions;
@@ -21,7 +22,7 @@ use super::{Pipeline, StageNode};
 use crate::catalog::FetchProgress;
 use crate::error::{Error, Result};
 use crate::stages::context::{Cancel, Shard};
-use crate::stages::{ModelFile, Observer, Stage, StageContext, StageInput, StageResult, What};
+use crate::stages::{ModelFile, Observer, Publishing, Stage, StageContext, StageInput, StageResult, What};
 use crate::tables::source::{SourceReport, SourceTarget, read_source};
 use crate::tables::source_config::SourceConfig;
 use crate::tables::{SqlMemory, Store, Table};
@@ -67,6 +68,7 @@ struct Run<'a> {
     cache: Cache,
     savings: Store,
     warehouse: Store,
+    publishing: Publishing,
     run_id: String,
     cancel: Cancel,
     known: Digests,
@@ -132,6 +134,22 @@ pub async fn run(
     let forced = options.forced(pipeline)?;
     let left_out = options.left_out(pipeline)?;
     let artifacts = Store::open(&pipeline.artifacts, &pipeline.root)?;
+    let warehouse = Store::open(&pipeline.warehouse, &pipeline.root)?;
+    // A part of a run publishes nothing, and so holds nobody up.
+    let places: Vec<String> = match options.no_publish || options.partial() {
+        true => Vec::new(),
+        false => {
+            let runs = pipeline.stages.iter().filter(|s| !left_out.contains(&s.name));
+            runs.filter_map(|s| s.stage.publishes()).collect()
+        }
+    };
+    let leases = Leases::acquire(&warehouse, &places, run_id, &pipeline.name).await?;
+    let publishing = Publishing {
+        dry: options.no_publish,
+        pipeline: pipeline.name.clone(),
+        fingerprint: String::new(),
+        claim: Some(leases.claim()),
+    };
     let nights = journal::read(&artifacts).await?;
     let journal = Journal::begin(&artifacts, run_id, &pipeline.name, &started_at).await?;
     let mut run = Run {
@@ -140,7 +158,8 @@ pub async fn run(
         events,
         savings: artifacts.clone(),
         cache: Cache::new(artifacts),
-        warehouse: Store::open(&pipeline.warehouse, &pipeline.root)?,
+        warehouse,
+        publishing,
         run_id: run_id.to_owned(),
         cancel: cancel.clone(),
         known: Digests::new(),
@@ -151,9 +170,14 @@ pub async fn run(
         shard: options.shard,
     };
     let nodes = run.all(&forced, &left_out).await;
+    // A lease that stays ends by itself; what the run came to is what counts.
+    if let Err(e) = leases.release().await {
+        events.line(&format!("the run's lease was not given back: {}", e.message));
+    }
     let seconds = began.elapsed().as_secs_f64();
     // What ended the run is what is reported, also where the journal cannot be written then.
-    let ended = run.journal.end(nodes.is_ok() && !options.partial(), seconds).await;
+    let whole = nodes.is_ok() && !options.partial() && !options.no_publish;
+    let ended = run.journal.end(whole, seconds).await;
     let nodes = nodes?;
     ended?;
     Ok(RunReport { run_id: run_id.to_owned(), nodes, seconds, started_at })
@@ -248,7 +272,7 @@ impl Run<'_> {
         };
         let SourceReport { table, bad_rows, mut counters } = read_source(&place.name, config, &store, &target).await?;
         if restated > 0 {
-            counters.insert("restated_files".into(), restated.into());
+            counters.insert("restated_partitions".into(), restated.into());
         }
         let outputs = BTreeMap::from([
             ("rows".to_owned(), table_record(&folder, "rows.parquet", &table).await?),
@@ -266,17 +290,14 @@ impl Run<'_> {
         let last = journal::nights(&self.nights, &self.pipeline.name, 1).next();
         let before = last.and_then(|night| night.inputs.get(&place.name));
         // A source of one file is written whole every night.
-        let changed: Vec<&String> = match before {
-            Some(before) if files.len() > 1 => {
-                files.iter().filter(|(file, v)| before.get(*file).is_some_and(|b| b != *v)).map(|(f, _)| f).collect()
-            }
+        let changed = match before {
+            Some(before) if files.len() > 1 => changed_parts(before, &files),
             _ => Vec::new(),
         };
         if let Some(first) = changed.first() {
             observer.note(&format!(
-                "{} of {} files were written again since the last run, {first} first; what depends on them is computed again",
-                changed.len(),
-                files.len()
+                "{} earlier partitions or files were written again since the last run, {first} first; what depends on them is computed again",
+                changed.len()
             ));
         }
         let n = changed.len();
@@ -288,6 +309,7 @@ impl Run<'_> {
     async fn artifact(&self, place: &NodePlace, config: &SourceConfig, store: &Store, forced: bool) -> Result<Done> {
         let began = Instant::now();
         let (found, identity) = artifact_source::find(&place.name, config, store).await?;
+        self.journal.at_work(&identity.fingerprint()).await?;
         let known = match forced {
             true => None,
             false => self.cache.find(&identity.fingerprint()).await?,
@@ -305,7 +327,7 @@ impl Run<'_> {
         if let Some(warning) = artifact_source::warning(&record) {
             self.events.line(&format!("warning: {warning}"));
         }
-        Ok(if cached { Done::found(record) } else { Done::made(record) })
+        Ok(Done { record, cached, budget: None })
     }
 
     fn record(
@@ -349,7 +371,8 @@ impl Run<'_> {
         {
             return Ok(Done::found(record));
         }
-        let ctx = self.context(node, models, observer).await?;
+        let mut ctx = self.context(node, models, observer).await?;
+        ctx.publishing.fingerprint = identity.fingerprint();
         self.work(node, node.stage.as_ref(), &ctx).await.map(Done::made)
     }
 
@@ -437,8 +460,8 @@ impl Run<'_> {
             models,
             savings: self.savings.clone(),
             warehouse: self.warehouse.clone(),
+            publishing: Publishing { fingerprint, ..self.publishing.clone() },
             run_id: self.run_id.clone(),
-            fingerprint,
             memory_limit: self.pipeline.memory_limit,
             spill_dir: self.pipeline.spill_dir.clone(),
             observer,
@@ -499,6 +522,21 @@ fn files_of(identity: &Identity) -> BTreeMap<String, String> {
             Some((file.to_owned(), format!("{size} {stamp}")))
         })
         .collect()
+}
+
+/// Partitions (folders of files; files, where there are no folders) that were there before and hold something else now.
+fn changed_parts(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
+    fn parts(files: &BTreeMap<String, String>) -> BTreeMap<&str, Vec<(&str, &str)>> {
+        let mut parts: BTreeMap<&str, Vec<(&str, &str)>> = BTreeMap::new();
+        for (file, version) in files {
+            let part = file.rsplit_once('/').map_or(file.as_str(), |(folder, _)| folder);
+            parts.entry(part).or_default().push((file, version));
+        }
+        parts
+    }
+    let (before, now) = (parts(before), parts(now));
+    let changed = now.iter().filter(|(part, files)| before.get(*part).is_some_and(|b| b != *files));
+    changed.map(|(part, _)| (*part).to_owned()).collect()
 }
 
 /// Columns that a stage reads must be there (exit 65).

@@ -104,17 +104,17 @@ impl Walk<'_> {
                 }
                 let path = entry.path();
                 match entry.file_type() {
-                    Ok(kind)
-                        if kind.is_symlink() && real_path(&path).is_none_or(|real| !real.starts_with(self.root)) =>
-                    {
-                        return Some(path);
-                    }
+                    Ok(kind) if kind.is_symlink() && self.leads_outside(&path) => return Some(path),
                     Ok(kind) if kind.is_dir() => folders.push(path),
                     _ => {}
                 }
             }
         }
         None
+    }
+
+    fn leads_outside(&self, link: &Path) -> bool {
+        real_path(link).is_none_or(|real| !real.starts_with(self.root))
     }
 }
 

@@ -75,16 +75,24 @@ pub async fn metrics(pipeline: &Pipeline, report: &RunReport) -> Result<Vec<Metr
     Ok(rows)
 }
 
-/// What the `write` stages published: table, uri, rows, bytes, sha256.
+/// What the `write` stages published: table, format, uri, version, rows, bytes, sha256, and whether it is there.
 pub async fn published(pipeline: &Pipeline, report: &RunReport) -> Result<Vec<Value>> {
+    use arrow::array::AsArray;
+    use arrow::datatypes::Int64Type;
     let mut tables = Vec::new();
     for node in of_kind(report, "write") {
         let table = output_table(pipeline, &node.record, "published").await?;
-        let (names, uris, digests) = (table.strings("table")?, table.strings("uri")?, table.strings("sha256")?);
-        let (rows, bytes) = (table.i64s("rows")?, table.i64s("bytes")?);
+        let text = |name: &str| table.strings(name);
+        let whole = |name: &str| -> Result<Vec<Option<i64>>> {
+            Ok(table.column(name)?.as_primitive::<Int64Type>().iter().collect())
+        };
+        let (names, formats, uris, digests) = (text("table")?, text("format")?, text("uri")?, text("sha256")?);
+        let (versions, rows, bytes) = (whole("version")?, whole("rows")?, whole("bytes")?);
+        let done = table.column("published")?;
         for i in 0..rows.len() {
             tables.push(json!({
-                "table": names[i], "uri": uris[i], "rows": rows[i], "bytes": bytes[i], "sha256": digests[i],
+                "table": names[i], "format": formats[i], "uri": uris[i], "version": versions[i], "rows": rows[i],
+                "bytes": bytes[i], "sha256": digests[i], "published": done.as_boolean().value(i),
             }));
         }
     }
@@ -206,8 +214,12 @@ pub async fn texts(pipeline: &Pipeline, report: &RunReport) -> Result<Vec<String
     }
     texts.push(times(report));
     let tables = published(pipeline, report).await?;
-    let places: Vec<String> =
-        tables.iter().map(|t| format!("{} rows: {}", t["rows"], t["uri"].as_str().unwrap_or_default())).collect();
+    let place = |t: &Value| {
+        let version = t["version"].as_i64().map_or_else(String::new, |v| format!(", version {v}"));
+        let said = if t["published"] == true { "" } else { "not published: " };
+        format!("{said}{} rows: {}{version}", t["rows"], t["uri"].as_str().unwrap_or_default())
+    };
+    let places: Vec<String> = tables.iter().map(place).collect();
     // The last one: what was asked of it may have been published before it.
     if let Some(last) = tables.last() {
         let table = last["table"].as_str().unwrap_or_default();

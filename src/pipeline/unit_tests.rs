@@ -23,8 +23,8 @@ use super::{Pipeline, unit_diff};
 use crate::catalog::FetchProgress;
 use crate::columns::{RATING, ROW_ID};
 use crate::error::{Error, Result};
-use crate::stages::context::{Cancel, Publishing};
-use crate::stages::{OutputTable, StageContext, StageInput, What};
+use crate::stages::context::Cancel;
+use crate::stages::{OutputTable, Publishing, StageContext, StageInput, What};
 use crate::tables::source_config::ColumnType;
 use crate::tables::{Store, StoredTable, Table};
 
@@ -173,7 +173,7 @@ async fn run_at(pipeline: &Pipeline, around: &Surroundings, test: &UnitTest) -> 
         savings: memory.child("savings"),
         warehouse: memory.child("warehouse"),
         run_id: "test".to_owned(),
-        publishing: Publishing::default(),
+        publishing: Publishing { dry: true, pipeline: pipeline.name.clone(), ..Publishing::default() },
         memory_limit: pipeline.memory_limit,
         spill_dir: pipeline.spill_dir.clone(),
         observer: Arc::new(Silent),

@@ -6,6 +6,7 @@
 //! The templates are the files of `prompts/`, built in and replaceable.
 
 pub mod budget;
+pub mod defaults;
 pub mod instructions;
 pub mod templates;
 pub mod titles;
@@ -14,5 +15,5 @@ pub mod topk;
 pub use budget::{Budget, Fitted, TooLong, fit};
 pub use instructions::{InstructionFields, InstructionTask, InstructionTemplates, Line};
 pub use templates::{CandidateStyle, Fields, LETTERS, Templates, label};
-pub use titles::clean_title;
+pub use titles::{clean_title, rating_text};
 pub use topk::{CandidateOrder, TopkOptions, TopkPrompt, UserCase};

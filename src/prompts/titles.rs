@@ -23,6 +23,13 @@ pub fn clean_title(raw: &str, max_chars: usize) -> Option<String> {
     (!clean.is_empty()).then_some(clean)
 }
 
+/// A rating as text: `4`, `3.5`.
+pub fn rating_text(rating: f32) -> String {
+    // Two digits tell all scales apart, and a prediction needs no more.
+    let text = format!("{rating:.2}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -17,6 +17,9 @@ use datafusion::prelude::SessionContext;
 use futures::{StreamExt, TryStreamExt};
 
 use crate::error::{Error, Result};
+use crate::tables::delta;
+use crate::tables::delta::At;
+use crate::tables::delta::read::Snapshot;
 use crate::tables::parquet::plain_type;
 use crate::tables::partitions::PartitionValues;
 use crate::tables::scan::ParquetScan;
@@ -149,9 +152,15 @@ pub async fn published_tables(warehouse: &Store) -> Result<Vec<String>> {
 }
 
 /// The published table `name`, all its partitions; `None` where it has no files. Columns are the
-/// union over its files, so that a column that a later version added is null in older days.
+/// union over its files, so that a column that a later version added is null in older days. Of a Delta table, the files are
+/// those of its latest version.
 pub async fn open_published(warehouse: &Store, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
     let folder = warehouse.child(name);
+    if delta::is_table(&folder).await? {
+        let snapshot =
+            Snapshot::open(&folder, At::Latest).await.map_err(|e| e.at(format!("published table `{name}`")))?;
+        return snapshot.provider(&folder).await.map(Some);
+    }
     let root = folder.path("");
     let objects = folder.list("").await?;
     let objects = objects.into_iter().filter(|o| o.size > 0 && o.location.as_ref().ends_with(".parquet"));

@@ -6,14 +6,84 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Epoch;
 use super::saved::{NamedTensor, read_f32, write_f32};
 use crate::error::{Error, Result};
 
-const LOG_FILE: &str = "checkpoint.json";
-const TENSORS_FILE: &str = "checkpoint.safetensors";
+const FILES: StateFiles = StateFiles { log: "checkpoint.json", tensors: "checkpoint.safetensors", version: 1 };
+
+/// The two files of a state between two steps of a fit: a log as JSON, and tensors, those of the state under `state.` and
+/// those of the best model so far under `best.`.
+#[derive(Clone, Copy, Debug)]
+pub struct StateFiles {
+    /// Name of the log.
+    pub log: &'static str,
+    /// Name of the tensors' file.
+    pub tensors: &'static str,
+    /// Version of both; another one is not read.
+    pub version: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Versioned<L> {
+    version: u32,
+    #[serde(flatten)]
+    log: L,
+}
+
+impl StateFiles {
+    /// As files.
+    ///
+    /// # Errors
+    /// Only our bugs.
+    pub fn write<L: Serialize>(
+        &self,
+        log: L,
+        state: &[NamedTensor],
+        best: &[NamedTensor],
+    ) -> Result<BTreeMap<String, Bytes>> {
+        let json = serde_json::to_vec(&Versioned { version: self.version, log })
+            .map_err(|e| Error::internal("a checkpoint is no JSON").because(e))?;
+        let named = |prefix: &str, tensors: &[NamedTensor]| -> Vec<NamedTensor> {
+            tensors.iter().map(|t| NamedTensor { name: format!("{prefix}.{}", t.name), ..t.clone() }).collect()
+        };
+        let all = [named("state", state), named("best", best)].concat();
+        Ok(BTreeMap::from([
+            (self.log.to_owned(), Bytes::from(json)),
+            (self.tensors.to_owned(), Bytes::from(write_f32(&all)?)),
+        ]))
+    }
+
+    /// The log, the state's tensors and the best model's.
+    ///
+    /// # Errors
+    /// A file is missing, damaged or of another version (exit 65).
+    pub fn read<L: DeserializeOwned>(
+        &self,
+        files: &BTreeMap<String, Bytes>,
+    ) -> Result<(L, Vec<NamedTensor>, Vec<NamedTensor>)> {
+        let file =
+            |name: &str| files.get(name).ok_or_else(|| Error::data(format!("the checkpoint has no file `{name}`")));
+        let Versioned { version, log } = serde_json::from_slice(file(self.log)?)
+            .map_err(|e| Error::data(format!("`{}` cannot be read", self.log)).because(e))?;
+        if version != self.version {
+            return Err(Error::data(format!("`{}` has version {version}, {} is wanted", self.log, self.version)));
+        }
+        let (mut state, mut best) = (Vec::new(), Vec::new());
+        for tensor in read_f32(file(self.tensors)?, self.tensors)? {
+            let (to, name) = match tensor.name.split_once('.') {
+                Some(("state", name)) => (&mut state, name.to_owned()),
+                Some(("best", name)) => (&mut best, name.to_owned()),
+                _ => return Err(Error::data(format!("`{}` has a tensor `{}`", self.tensors, tensor.name))),
+            };
+            to.push(NamedTensor { name, ..tensor });
+        }
+        Ok((log, state, best))
+    }
+}
 
 /// All that the rest of a fit depends on.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,7 +105,6 @@ pub struct Checkpoint {
 /// Numbers are kept as bits: a JSON reader may be off in the last digit, and a resumed fit must give the same bytes.
 #[derive(Serialize, Deserialize)]
 struct Log {
-    version: u32,
     epochs: Vec<LogLine>,
     best_epoch: usize,
     best_quality_bits: Option<u64>,
@@ -70,9 +139,6 @@ impl LogLine {
     }
 }
 
-/// Version of the two files; another one is not read.
-const VERSION: u32 = 1;
-
 impl Checkpoint {
     /// As files.
     ///
@@ -80,21 +146,12 @@ impl Checkpoint {
     /// Only our bugs.
     pub fn to_files(&self) -> Result<BTreeMap<String, Bytes>> {
         let log = Log {
-            version: VERSION,
             epochs: self.epochs.iter().map(LogLine::of).collect(),
             best_epoch: self.best_epoch,
             best_quality_bits: self.best_quality.map(f64::to_bits),
             since: self.since,
         };
-        let json = serde_json::to_vec(&log).map_err(|e| Error::internal("a checkpoint is no JSON").because(e))?;
-        let named = |prefix: &str, tensors: &[NamedTensor]| -> Vec<NamedTensor> {
-            tensors.iter().map(|t| NamedTensor { name: format!("{prefix}.{}", t.name), ..t.clone() }).collect()
-        };
-        let all: Vec<NamedTensor> = named("state", &self.state).into_iter().chain(named("best", &self.best)).collect();
-        Ok(BTreeMap::from([
-            (LOG_FILE.to_owned(), Bytes::from(json)),
-            (TENSORS_FILE.to_owned(), Bytes::from(write_f32(&all)?)),
-        ]))
+        FILES.write(log, &self.state, &self.best)
     }
 
     /// From files.
@@ -102,22 +159,7 @@ impl Checkpoint {
     /// # Errors
     /// A file is missing, damaged or of another version (exit 65).
     pub fn from_files(files: &BTreeMap<String, Bytes>) -> Result<Self> {
-        let file =
-            |name: &str| files.get(name).ok_or_else(|| Error::data(format!("the checkpoint has no file `{name}`")));
-        let log: Log = serde_json::from_slice(file(LOG_FILE)?)
-            .map_err(|e| Error::data(format!("`{LOG_FILE}` cannot be read")).because(e))?;
-        if log.version != VERSION {
-            return Err(Error::data(format!("`{LOG_FILE}` has version {}, {VERSION} is wanted", log.version)));
-        }
-        let (mut state, mut best) = (Vec::new(), Vec::new());
-        for tensor in read_f32(file(TENSORS_FILE)?, TENSORS_FILE)? {
-            let (to, name) = match tensor.name.split_once('.') {
-                Some(("state", name)) => (&mut state, name.to_owned()),
-                Some(("best", name)) => (&mut best, name.to_owned()),
-                _ => return Err(Error::data(format!("`{TENSORS_FILE}` has a tensor `{}`", tensor.name))),
-            };
-            to.push(NamedTensor { name, ..tensor });
-        }
+        let (log, state, best): (Log, _, _) = FILES.read(files)?;
         Ok(Checkpoint {
             epochs: log.epochs.iter().map(LogLine::epoch).collect(),
             best_epoch: log.best_epoch,
@@ -156,7 +198,7 @@ mod tests {
     #[test]
     fn a_cut_file_is_refused() {
         let files = checkpoint().to_files().unwrap();
-        for name in [LOG_FILE, TENSORS_FILE] {
+        for name in [FILES.log, FILES.tensors] {
             let mut cut = files.clone();
             cut.insert(name.to_owned(), files[name].slice(..files[name].len() / 2));
             assert_eq!(Checkpoint::from_files(&cut).unwrap_err().fault.exit_code(), 65);

@@ -453,6 +453,6 @@ pub(super) fn refuse(stage: &str, place: &str, audits: &Table) -> Result<()> {
     }
     Err(Error::new(Fault::Audit, format!("nothing was published, an audit of `{stage}` failed: {}", failed.join("; ")))
         .with_help(format!(
-            "what was published before stands; all audits are in {place}, or: tailfuse sql \"select * from {stage}\""
+            "what was published before stands; all audits are in {place}, or: tailfuse sql --pipeline FILE \"select * from {stage}\""
         )))
 }

@@ -233,7 +233,7 @@ impl Stage for Calibrate {
         found.calibration.made = Some(Made {
             at: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
             run_id: ctx.run_id.clone(),
-            from: ctx.fingerprint.clone(),
+            from: ctx.publishing.fingerprint.clone(),
         });
         let c = &found.calibration;
         ctx.observer.note(&format!(

@@ -129,6 +129,26 @@ impl Cancel {
     }
 }
 
+/// A run's claim on the places that it publishes.
+#[async_trait]
+pub trait Claim: Send + Sync {
+    /// Error (exit 75) where another run has taken a place over.
+    async fn check(&self) -> Result<()>;
+}
+
+/// What a stage that publishes knows of its run.
+#[derive(Clone, Default)]
+pub struct Publishing {
+    /// `--no-publish`: everything but the commit.
+    pub dry: bool,
+    /// Name of the pipeline.
+    pub pipeline: String,
+    /// Fingerprint of the stage, the digest of all that its result depends on: kind, config, contents of the inputs, weights, seed.
+    pub fingerprint: String,
+    /// Asked right before a commit.
+    pub claim: Option<Arc<dyn Claim>>,
+}
+
 /// Everything a stage may know.
 pub struct StageContext {
     /// The stage's name in the pipeline file.
@@ -145,10 +165,10 @@ pub struct StageContext {
     pub savings: Store,
     /// Where published tables live (the pipeline's `warehouse`).
     pub warehouse: Store,
+    /// Whether and for whom it publishes.
+    pub publishing: Publishing,
     /// Id of this run.
     pub run_id: String,
-    /// Digest of all that the result depends on: kind, config, contents of the inputs, weights, seed.
-    pub fingerprint: String,
     /// Memory that SQL may use, in bytes, and where it spills.
     pub memory_limit: usize,
     /// Where SQL spills what exceeds `memory_limit`; the system's temporary folder when `None`.
@@ -333,6 +353,10 @@ pub trait Stage: Send + Sync {
     /// Whether a finished run may stand for another (false for what acts on the outside, like `write`).
     fn cacheable(&self) -> bool {
         true
+    }
+    /// The place in the warehouse that a run replaces, as `TABLE/COLUMN=VALUE`: one run at a time may claim it.
+    fn publishes(&self) -> Option<String> {
+        None
     }
     /// What the work will take, for `plan`: given the counters of the finished stages that it reads (slot -> counters) and the
     /// files of its models, which may not have been fetched yet.

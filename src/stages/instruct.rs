@@ -31,7 +31,7 @@ use crate::columns::{ITEM_ID, NEIGHBOUR_ID, POSITION, PREDICTED_RATING, RANK, RA
 use crate::error::{Error, Result};
 use crate::llm::{ChatTokenizer, Message};
 use crate::prompts::templates::{TOPK_SYSTEM, TOPK_USER};
-use crate::prompts::{CandidateStyle, InstructionTask, InstructionTemplates, LETTERS, Templates};
+use crate::prompts::{CandidateStyle, InstructionTask, InstructionTemplates, LETTERS, Templates, defaults};
 use crate::tables::schemas::{INSTRUCTION_COUNTS, INSTRUCTIONS};
 
 /// `kind = "instruct"`.
@@ -101,14 +101,14 @@ pub struct InstructConfig {
     #[schemars(range(min = 1))]
     pub min_interactions: usize,
     /// Titles of a history (and examples of `side_info`) at most, the latest ones; default 30.
-    #[serde(default = "default_history_items")]
+    #[serde(default = "defaults::history_items")]
     #[schemars(range(min = 1))]
     pub history_items: usize,
     /// Titles of the similar user's history at most; default 10, 0 leaves the field out.
-    #[serde(default = "default_similar_items")]
+    #[serde(default = "defaults::similar_items")]
     pub similar_items: usize,
     /// Titles of the recommender's prediction; default 5, 0 leaves the field out.
-    #[serde(default = "default_prediction_items")]
+    #[serde(default = "defaults::prediction_items")]
     pub prediction_items: usize,
     /// Candidates of a `ranking`; default 20.
     #[serde(default = "default_candidates")]
@@ -124,7 +124,7 @@ pub struct InstructConfig {
     #[serde(default)]
     pub candidate_style: CandidateStyle,
     /// What the items are, in the plural; default `items`.
-    #[serde(default = "default_noun")]
+    #[serde(default = "defaults::noun")]
     pub noun: String,
     /// Own templates, task = file relative to the pipeline's `root`: `pairwise`, `list`, `side_info`, `rating`. For `ranking` see
     /// `system_template` and `user_template`.
@@ -142,7 +142,7 @@ pub struct InstructConfig {
     #[schemars(range(min = 1))]
     pub max_tokens: usize,
     /// Characters of a title (and of a side column's value) at most; default 120.
-    #[serde(default = "default_max_title_chars")]
+    #[serde(default = "defaults::max_title_chars")]
     #[schemars(range(min = 8))]
     pub max_title_chars: usize,
 }
@@ -159,29 +159,14 @@ fn default_held_out_share() -> f64 {
 fn default_min_interactions() -> usize {
     3
 }
-fn default_history_items() -> usize {
-    30
-}
-fn default_similar_items() -> usize {
-    10
-}
-fn default_prediction_items() -> usize {
-    5
-}
 fn default_candidates() -> usize {
     20
 }
 fn default_list_items() -> usize {
     10
 }
-fn default_noun() -> String {
-    "items".to_owned()
-}
 fn default_max_tokens() -> usize {
     2048
-}
-fn default_max_title_chars() -> usize {
-    120
 }
 
 impl InstructConfig {

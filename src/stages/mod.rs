@@ -15,6 +15,7 @@ pub mod instruct;
 pub mod popular;
 pub mod predict;
 pub mod prompt;
+pub mod prompt_ratings;
 pub mod recommend;
 pub mod registry;
 pub mod rerank;
@@ -29,7 +30,7 @@ pub mod write;
 pub mod write_artifact;
 
 pub use context::{
-    Artifact, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, ResolveContext, Stage, StageContext, StageInput,
-    StageResult, What,
+    Artifact, Claim, InputSlot, ModelFile, Observer, OutputSlot, OutputTable, Publishing, ResolveContext, Stage,
+    StageContext, StageInput, StageResult, What,
 };
 pub use registry::{KINDS, StageKind};

@@ -32,6 +32,7 @@ pub static KINDS: &[StageKind] = &[
     super::predict::KIND,
     super::similar::KIND,
     super::prompt::KIND,
+    super::prompt_ratings::KIND,
     super::instruct::KIND,
     super::finetune::KIND,
     super::rerank::KIND,

@@ -438,7 +438,7 @@ impl Rerank {
             .as_deref()
             .and_then(|history| earlier.get(&user.to_string(), history, settings))
             .filter(|order| young(order.asked_at))
-            .and_then(|order| Kept::of(order, &first.shortlist(), reuse.overlap));
+            .and_then(|order| Kept::of(order, &shortlist_of(rows, prompts), reuse.overlap));
         let Some(kept) = kept else { return Ok(Known::Nothing) };
         for &row in rows {
             if ledger.get(&maker.question(row, &prompts.prompts[row])?.prompt_digest).is_none() {
@@ -447,4 +447,11 @@ impl Rerank {
         }
         Ok(Known::Answered(Some(kept)))
     }
+}
+
+/// The items of a user's prompts, each once, in the recommender's order.
+fn shortlist_of(rows: &[usize], prompts: &Prompts) -> Vec<Id> {
+    let mut once = HashSet::new();
+    let items = rows.iter().flat_map(|&row| prompts.prompts[row].shortlist());
+    items.filter(|item| once.insert(item.clone())).collect()
 }

@@ -100,6 +100,10 @@ impl Stage for WriteArtifact {
         false
     }
 
+    fn publishes(&self) -> Option<String> {
+        Some(self.config.path.clone())
+    }
+
     async fn plan_schemas(&self, _: &BTreeMap<String, SchemaRef>) -> Result<BTreeMap<String, SchemaRef>> {
         let text = |name: &str| Field::new(name, DataType::Utf8, false);
         let count = |name: &str| Field::new(name, DataType::Int64, false);
@@ -119,13 +123,18 @@ impl Stage for WriteArtifact {
             .iter()
             .next()
             .filter(|(name, _)| artifact.files.len() == 1 && ending(path).is_some_and(|e| ending(name) == Some(e)));
+        if let Some(claim) = ctx.publishing.claim.as_ref().filter(|_| !ctx.publishing.dry) {
+            claim.check().await?;
+        }
         match one {
+            _ if ctx.publishing.dry => {}
             Some((_, bytes)) => artifact_files::put_file(&ctx.warehouse, path, bytes.clone()).await?,
             None => artifact_files::put_folder(&ctx.warehouse.child(path), &ctx.run_id, &artifact.files).await?,
         }
         let bytes = artifact.files.values().map(|b| b.len() as i64).sum::<i64>();
         let uri = ctx.warehouse.display(path);
-        ctx.observer.note(&format!("published {uri}"));
+        let said = if ctx.publishing.dry { "not published:" } else { "published" };
+        ctx.observer.note(&format!("{said} {uri}"));
         let count = |n: i64| Arc::new(Int64Array::from(vec![n]));
         let text = |t: &str| Arc::new(StringArray::from(vec![t]));
         let published = Table::from_columns(vec![

@@ -6,6 +6,7 @@
 pub mod artifact_files;
 mod cleaning;
 mod csv;
+pub mod delta;
 pub mod ids;
 pub mod memory;
 pub mod object_io;
@@ -13,6 +14,7 @@ pub mod parquet;
 pub mod partitions;
 pub mod peek;
 mod repeats;
+mod s3;
 pub mod scan;
 pub mod schemas;
 pub mod source;
@@ -23,6 +25,7 @@ mod source_tally;
 pub mod sql_errors;
 pub mod sql_memory;
 pub mod store;
+pub mod store_errors;
 
 pub use ids::{Id, IdColumn};
 pub use memory::Table;

@@ -16,6 +16,7 @@ use parquet::arrow::async_reader::AsyncFileReader;
 use parquet::arrow::async_writer::AsyncFileWriter;
 use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use sha2::{Digest, Sha256};
 
 /// The end of the file that is read at first; most footers fit, so one request is enough.
 const FOOTER_GUESS: usize = 64 * 1024;
@@ -98,12 +99,27 @@ pub struct ObjectWriter {
     waiting: Vec<Bytes>,
     waiting_bytes: usize,
     parts: Option<WriteMultipart>,
+    bytes: u64,
+    digest: Sha256,
 }
 
 impl ObjectWriter {
     /// A writer of the object at `path`.
     pub fn new(object: Arc<dyn ObjectStore>, path: ObjectPath) -> Self {
-        ObjectWriter { object, path, waiting: Vec::new(), waiting_bytes: 0, parts: None }
+        ObjectWriter {
+            object,
+            path,
+            waiting: Vec::new(),
+            waiting_bytes: 0,
+            parts: None,
+            bytes: 0,
+            digest: Sha256::new(),
+        }
+    }
+
+    /// Bytes that were written and their sha256 (hex).
+    pub fn digest(self) -> (u64, String) {
+        (self.bytes, self.digest.finalize().iter().map(|b| format!("{b:02x}")).collect())
     }
 
     /// Takes back what has gone to the store so far.
@@ -115,6 +131,8 @@ impl ObjectWriter {
     }
 
     async fn push(&mut self, bytes: Bytes) -> object_store::Result<()> {
+        self.bytes += bytes.len() as u64;
+        self.digest.update(&bytes);
         match &mut self.parts {
             Some(parts) => {
                 parts.wait_for_capacity(PARTS_UNDER_WAY).await?;

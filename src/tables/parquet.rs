@@ -246,6 +246,18 @@ fn check_footer(footer: &ParquetMetaData, size: u64) -> std::result::Result<(), 
     }
 }
 
+/// What a [`TableWriter`] put.
+pub(super) struct Written {
+    /// Rows of the object.
+    pub(super) rows: u64,
+    /// Its bytes.
+    pub(super) bytes: u64,
+    /// Their sha256 (hex).
+    pub(super) sha256: String,
+    /// Its footer.
+    pub(super) footer: ParquetMetaData,
+}
+
 /// The writer of all tables: zstd, fixed sizes, no metadata that could differ between two runs.
 pub(super) struct TableWriter {
     writer: Option<AsyncArrowWriter<ObjectWriter>>,
@@ -294,21 +306,25 @@ impl TableWriter {
     }
 
     /// Makes the object visible.
-    pub(super) async fn finish(mut self) -> Result<()> {
+    pub(super) async fn finish(mut self) -> Result<Written> {
         let done = async {
             self.coalescer.finish_buffered_batch()?;
             self.drain().await?;
             match &mut self.writer {
-                Some(writer) => writer.finish().await.map(|_| ()).map_err(|e| write_error(&self.name, e)),
-                None => Ok(()),
+                Some(writer) => writer.finish().await.map_err(|e| write_error(&self.name, e)),
+                None => Err(Error::internal(format!("{} was finished twice", self.name))),
             }
         }
         .await;
-        match done {
-            Ok(()) => Ok(()),
-            Err(e) => {
+        match (done, self.writer.take()) {
+            (Ok(footer), Some(writer)) => {
+                let (bytes, sha256) = writer.into_inner().digest();
+                Ok(Written { rows: self.rows, bytes, sha256, footer })
+            }
+            (done, writer) => {
+                self.writer = writer;
                 self.abort().await;
-                Err(e)
+                Err(done.err().unwrap_or_else(|| Error::internal("a table's writer is gone")))
             }
         }
     }
@@ -333,13 +349,26 @@ impl TableWriter {
 
 fn write_error(name: &str, e: parquet::errors::ParquetError) -> Error {
     match e {
-        parquet::errors::ParquetError::External(_) => Error::environment(format!("cannot write {name}")).because(e),
+        parquet::errors::ParquetError::External(inner) => match inner.downcast::<object_store::Error>() {
+            Ok(e) => crate::tables::store_errors::failed(format!("cannot write {name}"), *e),
+            Err(e) => Error::environment(format!("cannot write {name}")).because(e),
+        },
         e => Error::internal(format!("cannot encode {name}")).because(e),
     }
 }
 
-async fn write_batches(store: &Store, file: &str, schema: SchemaRef, mut rows: BatchStream) -> Result<()> {
-    let mut writer = TableWriter::begin(store, file, &schema)?;
+async fn write_batches(store: &Store, file: &str, schema: SchemaRef, rows: BatchStream) -> Result<()> {
+    put_table(store, file, &schema, rows).await.map(|_| ())
+}
+
+/// Puts rows as one object, which appears whole. Returns rows, bytes and sha256 (hex) of the object.
+pub async fn put_table(
+    store: &Store,
+    file: &str,
+    schema: &SchemaRef,
+    mut rows: BatchStream,
+) -> Result<(u64, u64, String)> {
+    let mut writer = TableWriter::begin(store, file, schema)?;
     while let Some(batch) = rows.next().await {
         let pushed = match batch {
             Ok(batch) => writer.push(&batch).await,
@@ -350,7 +379,8 @@ async fn write_batches(store: &Store, file: &str, schema: SchemaRef, mut rows: B
             return Err(e);
         }
     }
-    writer.finish().await
+    let written = writer.finish().await?;
+    Ok((written.rows, written.bytes, written.sha256))
 }
 
 /// The type that a stored table has for `from`: strings are utf8, dictionaries their values.

@@ -40,6 +40,11 @@ impl PartitionValues {
         PartitionValues(below[..folders].iter().filter_map(value).collect())
     }
 
+    /// Column and value, outermost first.
+    pub fn from_pairs(pairs: Vec<(String, Option<String>)>) -> Self {
+        PartitionValues(pairs)
+    }
+
     /// The partition columns, outermost first.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(|(n, _)| n.as_str())

@@ -100,6 +100,9 @@ pub async fn read_source(
 
     let mut table = StoredTable::open(target.store, target.table_file).await?;
     let mut counters = tally.counters(files.len());
+    if let Some(table) = files.first().and_then(|f| f.object.table.as_ref()) {
+        counters.insert("delta_version".into(), json!(table.version));
+    }
     if !columns.filled.is_empty() {
         counters.insert("columns_filled_with_null".into(), json!(columns.filled));
     }

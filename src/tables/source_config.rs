@@ -19,10 +19,17 @@ pub struct SourceConfig {
     /// order, with Hive partition folders (`ds=2026-11-22/`) as columns.
     #[schemars(length(min = 1))]
     pub uri: String,
-    /// File format. By default it follows from the file name's ending; a catalogue entry knows
-    /// its own.
+    /// File format. By default a folder with a `_delta_log` is a Delta table, and everything else
+    /// follows from the file name's ending; a catalogue entry knows its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<SourceFormat>,
+    /// Delta only: the version to read, in place of the latest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<u64>,
+    /// Delta only: reads the latest version that was committed at or before this time, in RFC 3339
+    /// or as `YYYY-MM-DD[ HH:MM:SS]` in UTC (a day means its first instant).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timestamp: Option<String>,
     /// Our column name = the source's column name, for example
     /// `{ user_id = "uid", item_id = "movie" }`. Columns that are not mapped pass through under
     /// their own names.
@@ -83,6 +90,8 @@ impl Default for SourceConfig {
         SourceConfig {
             uri: String::new(),
             format: None,
+            version: None,
+            timestamp: None,
             columns: BTreeMap::new(),
             filter: None,
             role: None,
@@ -107,6 +116,8 @@ pub enum SourceFormat {
     Parquet,
     /// Text with one row a line (`.csv`, `.tsv`, `.txt`).
     Csv,
+    /// A Delta table, a folder with a `_delta_log`.
+    Delta,
 }
 
 /// What is done where a source has nothing to read.

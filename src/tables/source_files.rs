@@ -18,6 +18,8 @@ use object_store::ObjectMeta;
 use crate::error::{Error, Fault, Result};
 use crate::tables::cleaning::safe_cast;
 use crate::tables::csv::{self, Guess, Layout};
+use crate::tables::delta::read::{ActiveFile, Declared, Snapshot};
+use crate::tables::delta::{self, At};
 use crate::tables::parquet::{BatchStream, plain_type, stream_row_groups};
 use crate::tables::partitions::{PartitionValues, may_match, row_groups_that_may_match};
 use crate::tables::source_config::{OnMissing, SourceConfig, SourceFormat};
@@ -33,8 +35,10 @@ pub struct SourceObject {
     pub meta: ObjectMeta,
     /// Its name below the source's URI; empty where the URI is the file itself.
     pub file: String,
-    /// The values of its Hive folders.
+    /// The values of its Hive folders, or of its partition in a Delta table.
     pub folders: PartitionValues,
+    /// What the Delta table declares that it is a file of.
+    pub table: Option<Arc<Declared>>,
 }
 
 impl SourceObject {
@@ -44,7 +48,8 @@ impl SourceObject {
             Some(tag) => tag.clone(),
             None => self.meta.last_modified.timestamp_micros().to_string(),
         };
-        format!("{} {} {stamp}", self.file, self.meta.size)
+        let columns = self.table.as_ref().map_or_else(String::new, |t| format!("-{}", t.digest));
+        format!("{} {} {stamp}{columns}", self.file, self.meta.size)
     }
 }
 
@@ -121,8 +126,17 @@ async fn present_objects(name: &str, config: &SourceConfig, store: &Store) -> Re
 }
 
 async fn list(name: &str, config: &SourceConfig, store: &Store) -> Result<Vec<SourceObject>, Absent> {
-    if let Some(meta) = store.head("").await? {
-        return Ok(vec![SourceObject { meta, file: String::new(), folders: PartitionValues::default() }]);
+    let file = match config.format {
+        Some(SourceFormat::Delta) => None,
+        // Not every server of objects can say of a folder's name that there is no such object.
+        _ if store.is_prefix().await? => None,
+        _ => store.head("").await?,
+    };
+    if let Some(at) = delta_state(name, config, store, file.is_none()).await? {
+        return list_delta(name, store, at).await;
+    }
+    if let Some(meta) = file {
+        return Ok(vec![SourceObject { meta, file: String::new(), folders: PartitionValues::default(), table: None }]);
     }
     let root = store.path("");
     let found = store.list("").await?;
@@ -135,7 +149,7 @@ async fn list(name: &str, config: &SourceConfig, store: &Store) -> Result<Vec<So
         };
         if is_data_file(&file) && meta.size > 0 {
             let folders = PartitionValues::of(&root, &meta.location);
-            objects.push(SourceObject { meta, file, folders });
+            objects.push(SourceObject { meta, file, folders, table: None });
         }
     }
     // A folder without `format` is read as what its first file is; the rest must agree.
@@ -152,6 +166,48 @@ async fn list(name: &str, config: &SourceConfig, store: &Store) -> Result<Vec<So
         (true, false) => Err(Absent::Nothing(Error::data(format!("source `{name}`: there is nothing at {}", store.display("")))
             .with_help("check `uri`: a path without a scheme starts from the pipeline's `root`"))),
     }
+}
+
+/// Which state of a Delta table the source means; `None` where it is none.
+async fn delta_state(name: &str, config: &SourceConfig, store: &Store, folder: bool) -> Result<Option<At>> {
+    let at = match (config.version, &config.timestamp) {
+        (None, None) => None,
+        (Some(version), None) => Some(At::Version(version)),
+        (None, Some(text)) => Some(At::time(text).ok_or_else(|| {
+            Error::spec(format!("source `{name}`: `timestamp` is `{text}`, which is not a time"))
+                .with_help("write 2026-11-22T03:00:00Z, \"2026-11-22 03:00:00\" or 2026-11-22 (UTC)")
+        })?),
+        (Some(_), Some(_)) => {
+            return Err(Error::spec(format!("source `{name}` has both `version` and `timestamp`"))
+                .with_help("keep the one that is meant"));
+        }
+    };
+    let wanted = config.format == Some(SourceFormat::Delta);
+    let found = || async { Ok::<_, Error>(folder && config.format.is_none() && delta::is_table(store).await?) };
+    match (wanted || found().await?, at) {
+        (true, at) => Ok(Some(at.unwrap_or_default())),
+        (false, None) => Ok(None),
+        (false, Some(_)) => Err(Error::data(format!(
+            "source `{name}` has a `version` or `timestamp`, but {} is not a Delta table",
+            store.display("")
+        ))
+        .with_help("check `uri` and `format`, or leave them out: files have no versions")),
+    }
+}
+
+async fn list_delta(name: &str, store: &Store, at: At) -> Result<Vec<SourceObject>, Absent> {
+    let Snapshot { declared, files } = Snapshot::open(store, at).await.map_err(|e| e.at(format!("source `{name}`")))?;
+    if files.is_empty() {
+        let error = Error::data(format!(
+            "source `{name}`: the Delta table {} has no rows in version {}",
+            store.display(""),
+            declared.version
+        ));
+        return Err(Absent::Nothing(error.with_help("check `uri`, `version` and `timestamp`")));
+    }
+    let object =
+        |f: ActiveFile| SourceObject { meta: f.meta, file: f.file, folders: f.values, table: Some(declared.clone()) };
+    Ok(files.into_iter().map(object).collect())
 }
 
 /// Spark, Hive and editors leave files beside the data, whose names begin with `_` or `.`.
@@ -190,6 +246,7 @@ impl SourceFile {
     async fn open(config: &SourceConfig, store: &Store, object: SourceObject) -> Result<Self> {
         let name = store.display(&object.file);
         let format = match (config.format, format_of_name(&name)) {
+            _ if object.table.is_some() => SourceFormat::Parquet,
             (Some(format), _) | (None, Some(format)) => format,
             (None, None) if object.file.is_empty() => {
                 return Err(Error::spec(format!("the format of {name} does not follow from its name"))
@@ -199,7 +256,7 @@ impl SourceFile {
             (None, None) => SourceFormat::Parquet,
         };
         let (content, columns) = match format {
-            SourceFormat::Parquet => {
+            SourceFormat::Parquet | SourceFormat::Delta => {
                 let table = StoredTable::open_object(store, &object.file, object.meta.clone()).await?;
                 let columns =
                     table.schema().fields().iter().map(|f| (f.name().clone(), plain_type(f.data_type()))).collect();
@@ -297,9 +354,15 @@ impl Unified {
     /// The union of the columns. Error (exit 65): a column whose types do not go together, with
     /// both files.
     pub(super) fn of(name: &str, config: &SourceConfig, files: &[SourceFile]) -> Result<Self> {
+        // A Delta table says what its columns are: files may lack some, or hold them in an older type.
+        let declared = files.first().and_then(|f| f.object.table.as_deref());
+        let is_declared = |column: &str| declared.is_some_and(|d| d.schema.index_of(column).is_ok());
         let mut columns: Vec<(String, DataType, &str)> = Vec::new();
+        for field in declared.iter().flat_map(|d| d.schema.fields()) {
+            columns.push((field.name().clone(), field.data_type().clone(), "the table"));
+        }
         for file in files {
-            for (column, own) in &file.columns {
+            for (column, own) in file.columns.iter().filter(|(c, _)| !is_declared(c)) {
                 let own = match (&file.content, config.types.get(column)) {
                     (Content::Csv, Some(declared)) => csv::data_type(*declared),
                     _ => own.clone(),
@@ -318,7 +381,13 @@ impl Unified {
                 }
             }
         }
-        let lacks = |column: &String| files.iter().any(|f| !f.columns.iter().any(|(c, _)| c == column));
+        let lacks = |column: &String| {
+            let has = |f: &SourceFile| {
+                f.columns.iter().any(|(c, _)| c == column)
+                    || (is_declared(column) && f.object.folders.names().any(|n| n == column))
+            };
+            !files.iter().all(has)
+        };
         let filled = columns.iter().map(|(c, ..)| c.clone()).filter(lacks).collect();
         for folder in files.iter().flat_map(|f| f.object.folders.names()) {
             // Some writers repeat the folder's value in the file: then the file has the word.

@@ -38,7 +38,9 @@ impl Plan {
         for (ours, theirs) in &config.columns {
             for file in files {
                 let in_folder = file.object.folders.names().any(|n| n == theirs);
-                if !in_folder && !file.columns.iter().any(|(c, _)| c == theirs) {
+                // A file of a Delta table may be older than one of the table's columns.
+                let declared = file.object.table.as_ref().is_some_and(|t| t.schema.index_of(theirs).is_ok());
+                if !in_folder && !declared && !file.columns.iter().any(|(c, _)| c == theirs) {
                     let there: Vec<&str> =
                         file.columns.iter().map(|(c, _)| c.as_str()).chain(file.object.folders.names()).collect();
                     return Err(missing(name, theirs, Some(ours), &file.name, &there));

@@ -58,7 +58,7 @@ pub fn from_parquet(e: ParquetError, file: &str) -> Error {
     if let ParquetError::External(inner) = &e
         && let Some(store) = inner.downcast_ref::<object_store::Error>()
     {
-        return from_store(store, format!("cannot read {file}: {store}"));
+        return from_store(store, format!("cannot read {file}: {}", crate::tables::store_errors::text(store)));
     }
     damaged(file, &e.to_string())
 }

@@ -11,10 +11,12 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as ObjectPath;
-use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode};
 use url::Url;
 
 use crate::error::{Error, Result};
+use crate::tables::s3;
+use crate::tables::store_errors::{OrFailed, failed};
 
 /// An object store and a prefix in it.
 #[derive(Clone, Debug)]
@@ -41,10 +43,13 @@ impl Store {
             })?;
             return Store::local(&path);
         }
-        let options = std::env::vars().map(|(k, v)| (k.to_ascii_lowercase(), v));
-        let (object, prefix) = match url.scheme() {
-            "s3" | "s3a" | "memory" => object_store::parse_url_opts(&url, options)
-                .map_err(|e| Error::environment(format!("cannot open `{uri}`")).because(e))?,
+        let (object, prefix): (Arc<dyn ObjectStore>, ObjectPath) = match url.scheme() {
+            "s3" | "s3a" => s3::open(&url)?,
+            "memory" => {
+                let (object, prefix) = object_store::parse_url(&url)
+                    .map_err(|e| Error::spec(format!("cannot open `{uri}`")).because(e))?;
+                (Arc::from(object), prefix)
+            }
             other => {
                 return Err(Error::spec(format!("`{uri}` has the unknown scheme `{other}`"))
                     .with_help("use a local path, file:// or s3://"));
@@ -52,7 +57,7 @@ impl Store {
         };
         let mut base = url.clone();
         base.set_path("/");
-        Ok(Store { object: Arc::from(object), base, prefix })
+        Ok(Store { object, base, prefix })
     }
 
     /// A local folder; it need not exist yet.
@@ -97,29 +102,45 @@ impl Store {
         (self.base.scheme() == "file").then(|| Path::new("/").join(self.path(relative).as_ref()))
     }
 
+    /// The folder itself as a URL that ends with `/`.
+    pub fn url(&self) -> Url {
+        let mut url = self.base.clone();
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.clear().extend(self.prefix.parts().map(|p| p.as_ref().to_owned())).push("");
+        }
+        url
+    }
+
     /// A whole object. Error (exit 75) names it.
     pub async fn get(&self, relative: &str) -> Result<Bytes> {
-        let fail = |e| Error::environment(format!("cannot read {}", self.display(relative))).because(e);
-        self.object.get(&self.path(relative)).await.map_err(fail)?.bytes().await.map_err(fail)
+        let doing = || format!("cannot read {}", self.display(relative));
+        self.object.get(&self.path(relative)).await.or_failed(doing)?.bytes().await.or_failed(doing)
     }
 
     /// A whole object, or `None` where there is none.
     pub async fn get_opt(&self, relative: &str) -> Result<Option<Bytes>> {
-        let fail = |e| Error::environment(format!("cannot read {}", self.display(relative))).because(e);
+        let doing = || format!("cannot read {}", self.display(relative));
         match self.object.get(&self.path(relative)).await {
-            Ok(found) => Ok(Some(found.bytes().await.map_err(fail)?)),
+            Ok(found) => found.bytes().await.or_failed(doing).map(Some),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(e) => Err(fail(e)),
+            Err(e) => Err(failed(doing(), e)),
         }
     }
 
     /// Puts a whole object; readers see the old one or the new one, never a part.
     pub async fn put(&self, relative: &str, bytes: Bytes) -> Result<()> {
-        self.object
-            .put(&self.path(relative), bytes.into())
-            .await
-            .map(|_| ())
-            .map_err(|e| Error::environment(format!("cannot write {}", self.display(relative))).because(e))
+        let put = self.object.put(&self.path(relative), bytes.into()).await;
+        put.or_failed(|| format!("cannot write {}", self.display(relative))).map(|_| ())
+    }
+
+    /// Puts an object that is not there yet, in one step; `false` where there is one. A store that lost the answer to a put
+    /// that it carried out may say `false` for our own object: look at what it holds.
+    pub async fn put_new(&self, relative: &str, bytes: Bytes) -> Result<bool> {
+        match self.object.put_opts(&self.path(relative), bytes.into(), PutMode::Create.into()).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(false),
+            Err(e) => Err(failed(format!("cannot write {}", self.display(relative)), e)),
+        }
     }
 
     /// Size, time and tag of an object, or `None` where there is none.
@@ -127,27 +148,44 @@ impl Store {
         match self.object.head(&self.path(relative)).await {
             Ok(meta) => Ok(Some(meta)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(e) => Err(Error::environment(format!("cannot look at {}", self.display(relative))).because(e)),
+            Err(e) => Err(failed(format!("cannot look at {}", self.display(relative)), e)),
         }
     }
 
     /// All objects below `relative`, sorted by path.
     pub async fn list(&self, relative: &str) -> Result<Vec<ObjectMeta>> {
-        let mut found: Vec<ObjectMeta> = self
-            .object
-            .list(Some(&self.path(relative)))
-            .try_collect()
-            .await
-            .map_err(|e| Error::environment(format!("cannot list {}", self.display(relative))).because(e))?;
+        let listed = self.object.list(Some(&self.path(relative))).try_collect().await;
+        let mut found: Vec<ObjectMeta> = listed.or_failed(|| format!("cannot list {}", self.display(relative)))?;
         found.sort_by(|a, b| a.location.cmp(&b.location));
         Ok(found)
+    }
+
+    /// Whether this is a folder with something in it. On a local disk a look at the object says it better.
+    pub async fn is_prefix(&self) -> Result<bool> {
+        if self.base.scheme() == "file" {
+            return Ok(false);
+        }
+        let first = self.object.list(Some(&self.prefix)).try_next().await;
+        first.or_failed(|| format!("cannot list {}", self.display(""))).map(|found| found.is_some())
+    }
+
+    /// The names directly below `relative`, each once: of objects, and of folders with a `/` at the end.
+    pub async fn names(&self, relative: &str) -> Result<Vec<String>> {
+        let path = self.path(relative);
+        let listed = self.object.list_with_delimiter(Some(&path)).await;
+        let listed = listed.or_failed(|| format!("cannot list {}", self.display(relative)))?;
+        let folders = listed.common_prefixes.iter().filter_map(|p| p.filename().map(|n| format!("{n}/")));
+        let objects = listed.objects.iter().filter_map(|o| o.location.filename().map(str::to_owned));
+        let mut names: Vec<String> = folders.chain(objects).collect();
+        names.sort_unstable();
+        Ok(names)
     }
 
     /// Deletes an object; one that is not there is no error.
     pub async fn delete(&self, relative: &str) -> Result<()> {
         match self.object.delete(&self.path(relative)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(e) => Err(Error::environment(format!("cannot delete {}", self.display(relative))).because(e)),
+            Err(e) => Err(failed(format!("cannot delete {}", self.display(relative)), e)),
         }
     }
 }

@@ -14,6 +14,8 @@ use rand_chacha::ChaCha8Rng;
 /// A folder with data, model and pipeline; gone when dropped.
 pub struct World {
     pub folder: tempfile::TempDir,
+    /// More of the environment.
+    pub variables: Vec<(String, String)>,
 }
 
 /// One line of the log: user, item, rating, time.
@@ -59,9 +61,14 @@ pub fn write_parquet(path: &Path, columns: Vec<(&str, ArrayRef)>) {
 }
 
 impl World {
+    /// A folder with nothing in it.
+    pub fn empty() -> World {
+        World { folder: tempfile::tempdir().unwrap(), variables: Vec::new() }
+    }
+
     /// The default world: `log()`, `titles()`, the tiny LLM, `pipeline.toml`.
     pub fn new() -> World {
-        let world = World { folder: tempfile::tempdir().unwrap() };
+        let world = World::empty();
         world.write_log(&log());
         let titles = titles();
         write_parquet(
@@ -98,16 +105,22 @@ impl World {
         );
     }
 
-    /// Runs the binary in the world's folder.
-    pub fn tailfuse(&self, args: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_tailfuse"))
+    /// The binary in the world's folder, not started yet.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tailfuse"));
+        command
             .args(args)
             .current_dir(self.folder.path())
             .env("TAILFUSE_CACHE", self.path("cache"))
             .env_remove("RUST_LOG")
             .env_remove("TAILFUSE_PIPELINE")
-            .output()
-            .unwrap()
+            .envs(self.variables.iter().map(|(k, v)| (k, v)));
+        command
+    }
+
+    /// Runs the binary in the world's folder.
+    pub fn tailfuse(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
     }
 
     /// Runs and expects an exit code; gives stdout and stderr.
@@ -224,8 +237,10 @@ pub fn write_tiny_llm(folder: &Path) {
     std::fs::write(folder.join("tokenizer_config.json"), tokenizer_config.to_string()).unwrap();
 }
 
-/// The demo's shape over the small world, in its column names.
-pub const PIPELINE: &str = r#"name = "small"
+/// The head of a pipeline over the small world: sources in its column names, and the split. `concat!(head!(), ...)`.
+macro_rules! head {
+    () => {
+        r#"name = "small"
 seed = 7
 
 [params]
@@ -242,7 +257,14 @@ columns = { item_id = "movie", title = "name" }
 [stages.parts]
 kind = "split"
 input = "events"
+"#
+    };
+}
 
+/// The demo's shape over the small world.
+pub const PIPELINE: &str = concat!(
+    head!(),
+    r#"
 [stages.model]
 kind = "train"
 model = "lightgcn"
@@ -341,4 +363,5 @@ kind = "write"
 input = "fused"
 table = "recommendations"
 partition = { ds = "{{ ds }}" }
-"#;
+"#
+);

@@ -8,21 +8,9 @@ use tailfuse::llm::{ChatTokenizer, Message};
 use crate::fixtures::{World, log, stage, titles, write_parquet};
 
 /// The stage with all that it can be given.
-const PIPELINE: &str = r#"name = "tuning"
-seed = 7
-
-[sources.events]
-uri = "data/events.parquet"
-columns = { user_id = "uid", item_id = "movie", rating = "stars", timestamp = "ts" }
-
-[sources.films]
-uri = "data/films.parquet"
-columns = { item_id = "movie", title = "name" }
-
-[stages.parts]
-kind = "split"
-input = "events"
-
+const PIPELINE: &str = concat!(
+    head!(),
+    r#"
 [stages.model]
 kind = "train"
 model = "lightgcn"
@@ -49,7 +37,8 @@ per_task = 40
 candidates = 6
 noun = "films"
 held_out_share = 0.2
-"#;
+"#
+);
 
 /// The small world with a genre per film, a hostile title, and a film that occurs in one test interaction only.
 fn world() -> World {

@@ -4,21 +4,9 @@ use serde_json::Value;
 
 use crate::fixtures::{World, stage};
 
-const PIPELINE: &str = r#"name = "item"
-seed = 7
-
-[sources.events]
-uri = "data/events.parquet"
-columns = { user_id = "uid", item_id = "movie", rating = "stars", timestamp = "ts" }
-
-[sources.films]
-uri = "data/films.parquet"
-columns = { item_id = "movie", title = "name" }
-
-[stages.parts]
-kind = "split"
-input = "events"
-
+const PIPELINE: &str = concat!(
+    head!(),
+    r#"
 [stages.popular]
 kind = "train"
 model = "popularity"
@@ -81,7 +69,8 @@ items = "films"
 a1 = 0.5
 a2 = 0.3
 k = 5
-"#;
+"#
+);
 
 #[test]
 fn the_item_model_is_a_recommender_and_orders_shortlists() {

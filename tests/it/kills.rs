@@ -3,13 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arrow::array::AsArray;
-use arrow::datatypes::{Int64Type, TimestampMicrosecondType};
+use arrow::datatypes::TimestampMicrosecondType;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -25,8 +25,18 @@ const ROWS: &str = "select user_id, item_id, title, rank, score, rec_rank, rec_s
 /// Answers of one segment of the ledger: what a kill may cost.
 const SEGMENT: usize = 16;
 
-/// A world whose training keeps a checkpoint after every epoch.
+/// A world whose training keeps a checkpoint after every epoch, and whose table is plain files.
 fn world() -> World {
+    let world = delta_world();
+    let pipeline = std::fs::read_to_string(world.path("pipeline.toml")).unwrap();
+    let publish = "table = \"recommendations\"\n";
+    assert!(pipeline.contains(publish));
+    world.write("pipeline.toml", &pipeline.replace(publish, &format!("{publish}format = \"parquet\"\n")));
+    world
+}
+
+/// The same with a Delta table.
+fn delta_world() -> World {
     let world = World::new();
     let often = "model = \"lightgcn\"\n";
     assert!(PIPELINE.contains(often));
@@ -160,7 +170,11 @@ fn no_debris(world: &World, twin: &World) {
         // Where answers carry times, folders have names of their own: how many there are counts.
         let mut kinds: Vec<String> =
             artifacts.map(|n| n.split_once('/').map_or(n.clone(), |x| x.1.to_owned())).collect();
-        kinds.extend(files(&w.path("warehouse/recommendations")).into_keys());
+        // Each commit of a Delta table has a data file of its own, whose name says the run.
+        kinds.extend(files(&w.path("warehouse/recommendations")).into_keys().map(|n| match n.contains("part-0-") {
+            true => "data".to_owned(),
+            false => n,
+        }));
         kinds.sort();
         kinds
     };
@@ -210,8 +224,37 @@ impl Reader {
     }
 }
 
+/// The files of a partition of a Delta table, by its log alone (the tests here make fewer commits than a checkpoint takes);
+/// `None` where there is no table yet. A reader of the log sees a commit whole or not at all.
+fn active(table: &Path) -> Option<Vec<PathBuf>> {
+    let mut entries: Vec<PathBuf> =
+        std::fs::read_dir(table.join("_delta_log")).ok()?.flatten().map(|e| e.path()).collect();
+    entries.retain(|p| p.extension().is_some_and(|e| e == "json"));
+    entries.sort();
+    let mut files = std::collections::BTreeSet::new();
+    for entry in entries {
+        for line in std::fs::read_to_string(entry).ok()?.lines() {
+            let action: serde_json::Value = serde_json::from_str(line).unwrap();
+            if let Some(path) = action["remove"]["path"].as_str() {
+                files.remove(path);
+            }
+            if let Some(path) = action["add"]["path"].as_str() {
+                files.insert(path.to_owned());
+            }
+        }
+    }
+    (!files.is_empty()).then(|| files.iter().map(|f| table.join(f)).collect())
+}
+
 /// One look: a whole table of one run, or nothing yet.
 fn look(path: &Path) -> Result<bool, String> {
+    if path.is_dir() || path.ends_with("recommendations") {
+        return match active(path).as_deref() {
+            None => Ok(false),
+            Some([file]) => look(file),
+            Some(files) => Err(format!("{} files make the partition", files.len())),
+        };
+    }
     let file = match std::fs::File::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
@@ -237,9 +280,9 @@ fn look(path: &Path) -> Result<bool, String> {
 
 #[test]
 fn a_kill_at_every_point_costs_nothing() {
-    let (world, twin) = (world(), world());
+    let (world, twin) = (delta_world(), delta_world());
     finish(&twin);
-    let reader = Reader::of(world.path(TABLE));
+    let reader = Reader::of(world.path("warehouse/recommendations"));
     // In the order in which a run comes by, each start going on from where the one before was killed.
     let kills = [
         "source-row:1",
@@ -254,6 +297,7 @@ fn a_kill_at_every_point_costs_nothing() {
         "rerank-row:18",
         "stage-done:2",
         "write-row:1",
+        "write-data:1",
         "write-commit:1",
         "write-done:1",
         "runs-row:1",
@@ -308,10 +352,14 @@ fn grown(night: u64) -> Vec<Line> {
 }
 
 /// Kills until `total` are made, night after night into the same partition; every night must end as its twin's.
-fn torture(total: usize, seed: u64) -> (usize, usize, usize) {
+fn torture(total: usize, seed: u64, delta: bool) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let (world, twin) = (world(), world());
-    let reader = Reader::of(world.path(TABLE));
+    let (make, table): (fn() -> World, _) = match delta {
+        true => (delta_world, "warehouse/recommendations"),
+        false => (world, TABLE),
+    };
+    let (world, twin) = (make(), make());
+    let reader = Reader::of(world.path(table));
     let (mut kills, mut night, mut answers, mut attempts) = (0, 0, 0, 0);
     while kills < total {
         night += 1;
@@ -357,18 +405,20 @@ fn torture(total: usize, seed: u64) -> (usize, usize, usize) {
         no_debris(&world, &twin);
     }
     let looks = reader.end();
+    let format = if delta { "delta" } else { "parquet" };
     eprintln!(
-        "{kills} kills in {attempts} starts over {night} nights (seed {seed}): every night equal to its twin's, \
+        "{format}: {kills} kills in {attempts} starts over {night} nights (seed {seed}): every night equal to its twin's, \
          {answers} answers paid once each, {looks} looks of a reader"
     );
-    (kills, night as usize, looks)
 }
 
 #[test]
 #[ignore = "minutes; `just torture 100`"]
 fn many_kills() {
     let of = |name: &str, otherwise: u64| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(otherwise);
-    torture(of("TAILFUSE_TORTURE", 100) as usize, of("TAILFUSE_TORTURE_SEED", 1));
+    let (kills, seed) = (of("TAILFUSE_TORTURE", 100) as usize, of("TAILFUSE_TORTURE_SEED", 1));
+    torture(kills - kills / 2, seed, true);
+    torture(kills / 2, seed, false);
 }
 
 /// Starts with every passing of a point slowed, sends SIGTERM when the log says that a stage is at work, and measures.
@@ -549,7 +599,7 @@ fn shards_fill_the_ledger_and_one_run_publishes() {
 #[test]
 fn minutes_become_users_by_the_recorded_rate_and_are_kept() {
     use crate::remote_server::by_heart_server;
-    let server = by_heart_server(None, 60);
+    let server = by_heart_server(None, 100);
     let world = world();
     let pipeline = std::fs::read_to_string(world.path("pipeline.toml")).unwrap();
     let here = "model = \"llm\"\nprompts = \"prompts\"\nskipped = \"prompts.skipped\"\n";

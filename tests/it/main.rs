@@ -16,6 +16,7 @@ mod end_to_end;
 // The published files, read and scored by another program.
 mod export_reader;
 // A small world: log, item table, tiny LLM, pipeline file.
+#[macro_use]
 mod fixtures;
 
 // The pipeline file's language: parsing, parameters, validation, the graph.
@@ -31,6 +32,12 @@ mod corrupt_tables;
 mod sources;
 // What the tests of tables share.
 mod table_support;
+// Delta tables: commits, races, columns, versions, the lease of a run.
+mod delta;
+// Sources and published tables on a real S3 server.
+mod s3;
+// That server.
+mod s3_server;
 
 // SQL: functions, shipped files, the names of tables, errors, output, and the stages on it.
 mod query_sql;
@@ -58,10 +65,16 @@ mod llm_serve;
 mod remote;
 // Servers for these tests.
 mod remote_server;
+// Each exit code, by the binary.
+mod exit_codes;
+// Stores and disks that fail.
+mod faulty_places;
 // Kills at any point, SIGTERM, what is left behind, and runs that are parts of one or have nothing to do.
 mod kills;
 // `rerank` through the binary: a server, the ledger, reuse, kills.
 mod rerank;
+// Ratings that the LLM gives, one prompt each.
+mod llm_ratings;
 // Prompts counted by a real tokenizer: budget, common beginning, hostile titles.
 mod prompts;
 // The tuning set: nothing held out in it.

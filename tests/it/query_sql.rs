@@ -183,6 +183,10 @@ async fn a_memory_limit_spills_or_says_what_to_raise() {
 
 /// Two days of a small published table.
 async fn publish(warehouse: &Store, ds: &str, items: [i64; 4], rec_ranks: [i32; 4]) {
+    publish_as(warehouse, "recommendations", "delta", ds, items, rec_ranks).await;
+}
+
+async fn publish_as(warehouse: &Store, name: &str, format: &str, ds: &str, items: [i64; 4], rec_ranks: [i32; 4]) {
     let n = |v: f64| -> ArrayRef { Arc::new(Float64Array::from(vec![v; 4])) };
     let table = stored(vec![
         ("user_id", texts(&["a", "a", "b", "b"])),
@@ -197,7 +201,8 @@ async fn publish(warehouse: &Store, ds: &str, items: [i64; 4], rec_ranks: [i32; 
         ("source", texts(&["fused", "fused", "recommender", "recommender"])),
     ])
     .await;
-    let write = stage("write", json!({ "input": "x", "table": "recommendations", "partition": { "ds": ds } })).unwrap();
+    let write =
+        stage("write", json!({ "input": "x", "table": name, "format": format, "partition": { "ds": ds } })).unwrap();
     let mut ctx = stage_context(&[("input", &table)]);
     ctx.warehouse = warehouse.clone();
     let published = output(write.run(&ctx).await.unwrap(), "published").await.unwrap();
@@ -258,9 +263,15 @@ async fn a_partition_published_twice_is_there_once() {
     let warehouse = memory();
     publish(&warehouse, "2026-11-22", [1, 2, 1, 2], [1, 2, 1, 2]).await;
     publish(&warehouse, "2026-11-22", [1, 2, 1, 2], [1, 2, 1, 2]).await;
-    let objects = warehouse.list("").await.unwrap();
+    let ctx = analyst(&warehouse).await;
+    assert_eq!(ask(&ctx, "select count(*) from recommendations").await, ["4"]);
+    let table = warehouse.child("plain");
+    for _ in 0..2 {
+        publish_as(&warehouse, "plain", "parquet", "2026-11-22", [1, 2, 1, 2], [1, 2, 1, 2]).await;
+    }
+    let objects = table.list("").await.unwrap();
     let paths: Vec<&str> = objects.iter().map(|o| o.location.as_ref()).collect();
-    assert_eq!(paths, ["recommendations/ds=2026-11-22/part-0.parquet"]);
+    assert_eq!(paths, ["plain/ds=2026-11-22/part-0.parquet"]);
 }
 
 #[tokio::test]
@@ -404,7 +415,8 @@ async fn published_bytes_have_the_digest_that_is_reported() {
     use sha2::Digest;
     let table = Table::from_columns(vec![("user_id", ints(&[3, 1, 2]), false)]).unwrap();
     let table = StoredTable::write(&memory(), "t", &table).await.unwrap();
-    let write = stage("write", json!({ "input": "x", "table": "t", "partition": { "ds": "1" } })).unwrap();
+    let config = json!({ "input": "x", "table": "t", "format": "parquet", "partition": { "ds": "1" } });
+    let write = stage("write", config).unwrap();
     let ctx = stage_context(&[("input", &table)]);
     let row = output(write.run(&ctx).await.unwrap(), "published").await.unwrap().collect().await.unwrap();
     let bytes = ctx.warehouse.get("t/ds=1/part-0.parquet").await.unwrap();

@@ -181,8 +181,8 @@ async fn serve(socket: &mut TcpStream, behind: &Behind, request: &Request, fault
 async fn passed_on(address: SocketAddr, raw: &[u8]) -> Vec<u8> {
     let mut upstream = TcpStream::connect(address).await.unwrap();
     // One request for each connection: the end of the answer is then the end of the stream.
-    let text = String::from_utf8_lossy(raw).into_owned();
-    upstream.write_all(text.replacen("\r\n", "\r\nConnection: close\r\n", 1).as_bytes()).await.unwrap();
+    let line = 2 + raw.windows(2).position(|w| w == b"\r\n").unwrap();
+    upstream.write_all(&[&raw[..line], b"Connection: close\r\n", &raw[line..]].concat()).await.unwrap();
     let mut answer = Vec::new();
     let _ = upstream.read_to_end(&mut answer).await;
     answer

@@ -7,11 +7,15 @@ use super::codes::Codes;
 use super::kernels::{Isa, LANES};
 use super::product::Packed;
 use super::words::Words;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use crate::error::Result;
 use crate::llm::weights::{Blocks, Weights};
 
 /// How exactly linear layers compute.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// [`Precision::Int16`] where the file holds quantised weights and the processor has VNNI with 512 bits (on others it would be as
     /// fast as f32 at best); else [`Precision::F32`].

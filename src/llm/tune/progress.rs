@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
-use crate::recommenders::saved::{NamedTensor, read_f32, write_f32};
+use crate::error::Result;
+use crate::recommenders::checkpoint::StateFiles;
+use crate::recommenders::saved::NamedTensor;
 
-const LOG_FILE: &str = "tuning.json";
-const TENSORS_FILE: &str = "tuning.safetensors";
+const FILES: StateFiles = StateFiles { log: "tuning.json", tensors: "tuning.safetensors", version: 1 };
 
 /// One row of the curve.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -79,7 +79,6 @@ pub struct State {
 /// Numbers are kept as bits: a resumed tuning must give the same bytes.
 #[derive(Serialize, Deserialize)]
 struct Log {
-    version: u32,
     curve: Vec<Line>,
     best: Option<(usize, u64, usize)>,
 }
@@ -94,9 +93,6 @@ struct Line {
     tokens: u64,
     seconds: u64,
 }
-
-/// Version of the two files; another one is not read.
-const VERSION: u32 = 1;
 
 impl State {
     /// As files.
@@ -114,17 +110,8 @@ impl State {
             seconds: p.seconds.to_bits(),
         };
         let best = self.best.as_ref().map(|b| (b.step, b.loss.to_bits(), b.since));
-        let log = Log { version: VERSION, curve: self.curve.iter().map(line).collect(), best };
-        let json = serde_json::to_vec(&log).map_err(|e| Error::internal("a checkpoint is no JSON").because(e))?;
-        let named = |prefix: &str, tensors: &[NamedTensor]| -> Vec<NamedTensor> {
-            tensors.iter().map(|t| NamedTensor { name: format!("{prefix}.{}", t.name), ..t.clone() }).collect()
-        };
-        let best = self.best.as_ref().map_or(&[][..], |b| &b.tensors);
-        let all = [named("state", &self.tensors), named("best", best)].concat();
-        Ok(BTreeMap::from([
-            (LOG_FILE.to_owned(), Bytes::from(json)),
-            (TENSORS_FILE.to_owned(), Bytes::from(write_f32(&all)?)),
-        ]))
+        let log = Log { curve: self.curve.iter().map(line).collect(), best };
+        FILES.write(log, &self.tensors, self.best.as_ref().map_or(&[][..], |b| &b.tensors))
     }
 
     /// From files.
@@ -132,22 +119,7 @@ impl State {
     /// # Errors
     /// A file is missing, damaged or of another version (exit 65).
     pub fn from_files(files: &BTreeMap<String, Bytes>) -> Result<Self> {
-        let file =
-            |name: &str| files.get(name).ok_or_else(|| Error::data(format!("the checkpoint has no file `{name}`")));
-        let log: Log = serde_json::from_slice(file(LOG_FILE)?)
-            .map_err(|e| Error::data(format!("`{LOG_FILE}` cannot be read")).because(e))?;
-        if log.version != VERSION {
-            return Err(Error::data(format!("`{LOG_FILE}` has version {}, {VERSION} is wanted", log.version)));
-        }
-        let (mut tensors, mut of_best) = (Vec::new(), Vec::new());
-        for tensor in read_f32(file(TENSORS_FILE)?, TENSORS_FILE)? {
-            let (to, name) = match tensor.name.split_once('.') {
-                Some(("state", name)) => (&mut tensors, name.to_owned()),
-                Some(("best", name)) => (&mut of_best, name.to_owned()),
-                _ => return Err(Error::data(format!("`{TENSORS_FILE}` has a tensor `{}`", tensor.name))),
-            };
-            to.push(NamedTensor { name, ..tensor });
-        }
+        let (log, tensors, mut of_best): (Log, _, _) = FILES.read(files)?;
         let point = |l: &Line| Point {
             step: l.step,
             loss: l.loss.map(f64::from_bits),
@@ -202,7 +174,7 @@ mod tests {
         let mut back = State::from_files(&files).unwrap();
         back.tensors.sort_by(|a, b| a.name.cmp(&b.name));
         assert_eq!(back, state);
-        for name in [LOG_FILE, TENSORS_FILE] {
+        for name in [FILES.log, FILES.tensors] {
             let mut cut = files.clone();
             cut.insert(name.to_owned(), files[name].slice(..files[name].len() / 2));
             assert_eq!(State::from_files(&cut).unwrap_err().fault.exit_code(), 65);

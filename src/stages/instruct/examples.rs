@@ -11,12 +11,13 @@ use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
 
 use super::InstructConfig;
-use super::world::{World, rating_text};
+use super::world::World;
 use crate::error::{Error, Result};
 use crate::interactions::{Histories, user_rng};
 use crate::llm::Message;
 use crate::prompts::{
     CandidateStyle, Fields, InstructionFields, InstructionTask, InstructionTemplates, Line, Templates, fit, label,
+    rating_text,
 };
 
 /// Counts the tokens of a conversation with its answer.

@@ -9,7 +9,7 @@ use crate::columns::{ITEM_ID, NEIGHBOUR_ID, POSITION, PREDICTED_RATING, RANK, TI
 use crate::error::{Error, Result};
 use crate::interactions::sampler::NegativeSampler;
 use crate::interactions::{Histories, IdMap};
-use crate::prompts::{InstructionTask, clean_title};
+use crate::prompts::{InstructionTask, clean_title, rating_text};
 use crate::recommenders::saved::TrainedModel;
 use crate::stages::context::Artifact;
 use crate::tables::Table;
@@ -146,13 +146,6 @@ impl World {
     pub(super) fn prediction(&self, user: u32, item: u32) -> Option<f32> {
         self.predictions.get(&(user, item)).copied()
     }
-}
-
-/// A rating as text: `4`, `3.5`.
-pub(super) fn rating_text(rating: f32) -> String {
-    // Two digits tell all scales apart, and a prediction needs no more.
-    let text = format!("{rating:.2}");
-    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 fn neighbours(table: &Table, users: &IdMap) -> Result<Histories> {

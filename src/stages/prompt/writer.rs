@@ -74,13 +74,7 @@ impl<'a> Writer<'a> {
     /// sha256 (hex) over what is known of a user, oldest first, and how prompts tell it. Neither the candidates nor what the
     /// recommender adds (a similar user, its prediction) is in it: both change whenever it is trained.
     fn history_digest(&self, items: &[u32], ids: &IdColumn) -> String {
-        let mut hasher = Sha256::new();
-        hasher.update(self.told.as_bytes());
-        for &item in items {
-            hasher.update([0]);
-            hasher.update(ids.get(item as usize).to_string().as_bytes());
-        }
-        hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        history_digest(&self.told, items.iter().map(|&item| ids.get(item as usize).to_string()))
     }
 
     pub(super) fn messages(&self, user_message: &str) -> [Message; 2] {
@@ -91,12 +85,30 @@ impl<'a> Writer<'a> {
         prompts_of(case, &self.options, &self.templates, &|text| (self.count)(&self.messages(text)))
     }
 
-    /// sha256 (hex) over role and content of each message, as the JSON `[[role, content], ...]`.
     pub(super) fn digest(&self, user_message: &str) -> String {
-        let pairs = self.messages(user_message).map(|m| [m.role, m.content]);
-        let json = Value::from(pairs.map(|pair| Value::from(pair.to_vec())).to_vec()).to_string();
-        Sha256::digest(json.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+        chat_digest(self.messages(user_message))
     }
+}
+
+/// sha256 (hex) over role and content of each message, as the JSON `[[role, content], ...]`.
+pub(in crate::stages) fn chat_digest(messages: [Message; 2]) -> String {
+    let pairs = messages.map(|m| [m.role, m.content]);
+    hex(&Sha256::digest(Value::from(pairs.map(|pair| Value::from(pair.to_vec())).to_vec()).to_string().as_bytes()))
+}
+
+/// sha256 (hex) over what a user is told by (`told`) and what is known of the user, oldest first.
+pub(in crate::stages) fn history_digest(told: &str, known: impl IntoIterator<Item = String>) -> String {
+    let mut hasher = Sha256::new();
+    hasher.update(told.as_bytes());
+    for part in known {
+        hasher.update([0]);
+        hasher.update(part.as_bytes());
+    }
+    hex(&hasher.finalize())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What came of one user.

@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::llm::Precision;
 use crate::llm::remote::{EngineConfig, EngineKind, RemoteSpec};
 
 /// How an answer is read from the LLM.
@@ -20,8 +21,9 @@ pub enum Mode {
     /// The LLM writes the order, as in the paper: in this process it can write nothing but candidates that are left; what a
     /// server writes is read strictly, repaired where that is safe, and given up where it is not.
     Generate,
-    /// The LLM rates each candidate, and the ratings are sorted (pointwise). Needs prompts with
-    /// `candidate_style = "titles"`; in this process only.
+    /// The LLM rates each candidate, and the ratings are sorted (pointwise). Needs the prompts of a `prompt_ratings` stage,
+    /// which ask for one rating each, or prompts with `candidate_style = "titles"`, where the rating is written behind each
+    /// title; in this process only.
     Rating,
 }
 
@@ -56,6 +58,17 @@ pub enum Normalise {
     Mean,
     /// Sum, less the title's log-probability after an empty prompt: favours what the history explains.
     Unconditional,
+}
+
+/// Which number a rating is (mode `rating`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RatedBy {
+    /// The mean of the ratings, weighted by their probability.
+    #[default]
+    Expected,
+    /// What greedy writing gives, as in the paper: at each token the likeliest one that leads to a rating.
+    Greedy,
 }
 
 /// Which users are asked first.
@@ -134,9 +147,17 @@ pub struct RerankConfig {
     /// Mode `likelihood`: how titles of different length are made comparable.
     #[serde(default)]
     pub normalise: Normalise,
-    /// Mode `rating`: what the LLM may answer; default 1 to 5. Candidates are sorted by the expected value.
+    /// Mode `rating`: what the LLM may answer; default 1 to 5.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ratings: Option<Vec<f64>>,
+    /// Mode `rating`: `expected` (the default), the mean of the ratings by their probability, or `greedy`, as in the paper.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub rated_by: RatedBy,
+    /// How exactly the engine in this process computes its linear layers: `auto` (the default: in 16-bit integers where the CPU
+    /// multiplies them quicker, else in f32), `f32`, `int16` or `int8`. An answer given at one of the last three is not taken
+    /// for another's.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub precision: Precision,
     /// How much may be asked.
     #[serde(default)]
     pub budget: Budget,
@@ -146,6 +167,10 @@ pub struct RerankConfig {
     /// Keeps earlier orders of users who did nothing since: `reuse = { overlap = 0.8, days = 14 }`. Off by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reuse: Option<Reuse>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 fn is_local(engine: &EngineConfig) -> bool {
@@ -167,6 +192,12 @@ impl RerankConfig {
         if remote.is_some() && self.mode == Mode::Likelihood && self.normalise == Normalise::Unconditional {
             return Err(Error::spec("normalise = \"unconditional\" is for the engine in this process")
                 .with_help("use \"mean\" or \"sum\" with a server"));
+        }
+        if self.mode != Mode::Rating && self.rated_by != RatedBy::default() {
+            return Err(Error::spec("`rated_by` is for mode = \"rating\"").with_help("remove the key, or set the mode"));
+        }
+        if remote.is_some() && self.precision != Precision::default() {
+            return Err(Error::spec("`precision` is for the engine in this process").with_help("remove the key"));
         }
         if let Some(minutes) = self.budget.minutes.filter(|m| !(m.is_finite() && *m > 0.0)) {
             return Err(Error::spec(format!("`budget` has minutes = {minutes}")).with_help("give a number above 0"));
@@ -210,6 +241,8 @@ mod tests {
             ("model = \"m\"\nreuse = { overlap = 1.5 }".into(), "overlap"),
             ("model = \"m\"\nreuse = { days = -1.0 }".into(), "days"),
             ("model = \"m\"\nratings = [1.0, 2.0]".into(), "ratings"),
+            ("model = \"m\"\nrated_by = \"greedy\"".into(), "rated_by"),
+            (format!("{SERVER}\nprecision = \"f32\""), "precision"),
             ("model = \"m\"\nmode = \"rating\"\nratings = [2.0, 1.0]".into(), "ratings"),
         ] {
             let error = config(&more).unwrap_err();

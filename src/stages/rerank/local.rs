@@ -6,13 +6,13 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::config::{Mode, Normalise, RerankConfig};
+use super::config::{Mode, Normalise, RatedBy, RerankConfig};
 use super::questions::Question;
 use crate::error::Result;
 use crate::llm::ledger::{Answer, Ledger};
 use crate::llm::ranking::RankRequest;
-use crate::llm::rating::RatingScale;
-use crate::llm::{ChatTokenizer, Llm, Message, ScoreRequest};
+use crate::llm::rating::{Rating, RatingScale};
+use crate::llm::{ChatTokenizer, Llm, LlmOptions, Message, ScoreRequest};
 use crate::stages::{StageContext, context::Cancel};
 
 /// Prompts per ledger segment: some 15 seconds of work on two cores are lost by a kill.
@@ -31,7 +31,8 @@ pub(super) async fn ask(
         return Ok(());
     }
     let (path, device) = (path.to_owned(), ctx.device);
-    let llm = Arc::new(tokio::task::spawn_blocking(move || Llm::open(&path, device)).await??);
+    let options = LlmOptions { precision: config.precision, ..LlmOptions::default() };
+    let llm = Arc::new(tokio::task::spawn_blocking(move || Llm::open_with(&path, device, options)).await??);
     ctx.observer.begin("prompts", open.len() as u64);
     let unconditional = match (config.mode, config.normalise) {
         (Mode::Likelihood, Normalise::Unconditional) => unconditional(&llm, chat, &open, &ctx.cancel).await?,
@@ -158,7 +159,11 @@ fn score(
                 }
                 progress(users)
             })?;
-            let mut ratings = ratings.into_iter().map(|r| vec![r.expected as f32]);
+            let number = |r: Rating| match config.rated_by {
+                RatedBy::Expected => r.expected,
+                RatedBy::Greedy => r.greedy,
+            };
+            let mut ratings = ratings.into_iter().map(|r| vec![number(r) as f32]);
             Ok(segment.iter().map(|q| ratings.by_ref().take(q.scored.len()).collect()).collect())
         }
     }

@@ -83,21 +83,29 @@ pub(super) fn orders(
                 entry.0 += f64::from(*score);
                 entry.1 += 1;
             }
-            if questions.len() > 1 {
+            if questions.len() > 1 && shown.len() > 1 {
                 order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
                 each.push(order.into_iter().map(|(place, _)| shown.get(place)).collect());
             }
         }
-        // Ties keep the order of the first answered permutation.
-        let shown = &prompts.prompts[first_question.row].candidates;
-        let mut order: Vec<(usize, f64)> = (0..shown.len())
-            .map(|place| {
-                let (sum, n) = sums.get(&shown.get(place)).copied().unwrap_or((f64::NEG_INFINITY, 1));
+        // Permutations show the same candidates, ratings are asked one by one. Ties keep the order in which they were shown.
+        let mut once = HashSet::new();
+        let shown: Vec<Id> = (answers.iter())
+            .flat_map(|(question, _)| {
+                let candidates = &prompts.prompts[question.row].candidates;
+                (0..candidates.len()).map(|place| candidates.get(place))
+            })
+            .filter(|item| once.insert(item.clone()))
+            .collect();
+        let mut order: Vec<(usize, f64)> = (shown.iter().enumerate())
+            .map(|(place, item)| {
+                let (sum, n) = sums.get(item).copied().unwrap_or((f64::NEG_INFINITY, 1));
                 (place, sum / n as f64)
             })
             .collect();
         order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        let order: Vec<(Id, f32)> = order.into_iter().map(|(place, score)| (shown.get(place), score as f32)).collect();
+        let order: Vec<(Id, f32)> =
+            order.into_iter().map(|(place, score)| (shown[place].clone(), score as f32)).collect();
         if let (Some(history), true) =
             (&prompts.prompts[first_question.row].history_digest, answers.len() == questions.len())
         {

@@ -8,12 +8,12 @@ use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::{DataType, Field, Int32Type};
 use sha2::{Digest, Sha256};
 
-use super::config::{Mode, RerankConfig};
+use super::config::{Mode, RatedBy, RerankConfig};
 use crate::columns::*;
 use crate::error::{Error, Result};
 use crate::llm::ledger::digest;
 use crate::llm::remote::{Ask, RemoteSpec, protocol};
-use crate::llm::{ChatTokenizer, Message};
+use crate::llm::{ChatTokenizer, Message, Precision};
 use crate::tables::{Id, IdColumn, Table};
 
 /// One prompt as the `prompt` stage made it.
@@ -53,6 +53,11 @@ impl Prompt {
             true => vec![user],
             false => vec![Message::new("system", self.system.as_str()), user],
         }
+    }
+
+    /// Whether it asks for the rating of its one candidate, as those of a `prompt_ratings` stage do: an order has two at least.
+    pub(super) fn asks_a_rating(&self) -> bool {
+        self.titles.len() == 1
     }
 
     /// Items in the recommender's order, by the places that the table tells.
@@ -167,7 +172,15 @@ impl<'a> Maker<'a> {
             Mode::Label => serde_json::json!([config.mode, "among the labels"]),
             Mode::Likelihood => serde_json::json!([config.mode, config.normalise]),
             Mode::Generate => serde_json::json!([config.mode]),
+            Mode::Rating if config.rated_by == RatedBy::Greedy => {
+                serde_json::json!([config.mode, config.ratings, config.rated_by])
+            }
             Mode::Rating => serde_json::json!([config.mode, config.ratings]),
+        };
+        // `auto` is within the tolerance of f32 on every machine; what somebody chose is kept apart.
+        let settings = match config.precision {
+            Precision::Auto => settings,
+            chosen => serde_json::json!([settings, chosen]),
         };
         Maker { config, chat: Some(chat), remote: None, weights: weights.to_owned(), settings: settings.to_string() }
     }
@@ -187,8 +200,16 @@ impl<'a> Maker<'a> {
     ///
     /// Errors (exit 78): a mode that does not fit the prompt, more candidates than letters, a prompt beyond the context.
     pub(super) fn question(&self, row: usize, prompt: &Prompt) -> Result<Question> {
-        let lettered = prompt.lettered();
+        let lettered = prompt.lettered() && !prompt.asks_a_rating();
         self.check_style(lettered)?;
+        if prompt.asks_a_rating() && self.config.mode != Mode::Rating {
+            let mode = self.config.mode.name();
+            return Err(Error::spec(format!(
+                "mode = \"{mode}\" does not fit the prompts of `{}`",
+                self.config.prompts
+            ))
+            .with_help("they ask for one rating each: set mode = \"rating\""));
+        }
         let letters = match lettered || self.config.mode == Mode::Label {
             true => letters(prompt.titles.len())?,
             false => Vec::new(),
@@ -221,6 +242,8 @@ impl<'a> Maker<'a> {
         };
         let name = |name: &dyn std::fmt::Display| chat.encode_text(&format!("{name}{end}"));
         let scored: Vec<Vec<u32>> = match lettered {
+            // The rating is the answer itself.
+            false if self.config.mode == Mode::Rating && prompt.asks_a_rating() => vec![Vec::new()],
             true => letters.iter().map(|l| name(l)).collect(),
             false => prompt.titles.iter().map(|title| name(title)).collect(),
         };
