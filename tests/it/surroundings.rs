@@ -131,7 +131,8 @@ fn a_receiver_hears_of_the_run_and_of_each_stage() {
     assert_eq!(fields["twice"]["inputFields"][0]["field"], "rating");
     assert_eq!(fields["twice"]["inputFields"][0]["transformations"][0]["subtype"], "TRANSFORMATION");
     let source = of(&events, "short.events", "COMPLETE");
-    assert_eq!(source["outputs"][0]["facets"]["columnLineage"]["fields"]["user_id"]["inputFields"][0]["field"], "uid");
+    let rows = source["outputs"].as_array().unwrap().iter().find(|o| o["name"] == "short.events.rows").unwrap();
+    assert_eq!(rows["facets"]["columnLineage"]["fields"]["user_id"]["inputFields"][0]["field"], "uid");
     assert!(liked["job"]["facets"]["sql"]["query"].as_str().unwrap().starts_with("select l.user_id"));
 }
 
