@@ -15,6 +15,7 @@ use tokio::sync::Mutex;
 
 use super::cache::Record;
 use super::events::NodePlace;
+use super::process::Process;
 use crate::error::{Error, Result};
 use crate::stages::context::ASKED_TOKENS;
 use crate::tables::Store;
@@ -74,6 +75,8 @@ pub struct RunEntry {
     pub at_work: Vec<String>,
     /// Source -> file -> version, of the files that it read.
     pub inputs: BTreeMap<String, BTreeMap<String, String>>,
+    /// The process that it is.
+    pub process: Process,
     /// When the document was put last, as the store says; not part of the document.
     #[serde(skip)]
     pub last_seen: Option<DateTime<Utc>>,
@@ -83,7 +86,7 @@ impl RunEntry {
     /// Whether the run may still be at work at `now`.
     pub fn lives(&self, now: DateTime<Utc>) -> bool {
         let silence = chrono::Duration::from_std(SILENCE).unwrap_or(chrono::Duration::zero());
-        self.finished_at.is_none() && self.last_seen.is_none_or(|seen| now - seen < silence)
+        self.finished_at.is_none() && !self.process.gone() && self.last_seen.is_none_or(|seen| now - seen < silence)
     }
 
     /// A node by name.
@@ -143,6 +146,7 @@ impl Journal {
             run_id: run_id.to_owned(),
             pipeline: pipeline.to_owned(),
             started_at: started_at.to_owned(),
+            process: Process::this(),
             ..RunEntry::default()
         };
         put(artifacts, &entry).await?;

@@ -16,6 +16,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
+use super::process::Process;
 use crate::error::{Error, Result};
 use crate::stages::Claim;
 use crate::tables::Store;
@@ -34,11 +35,8 @@ struct Holder {
     pipeline: String,
     /// Host name.
     host: String,
-    /// The machine since it was started, and the process namespace: process ids compare only where both are equal.
-    machine: String,
-    pid: u32,
-    /// When the process started, in the kernel's ticks; tells a later process with the same id apart.
-    process_start: Option<u64>,
+    #[serde(flatten)]
+    process: Process,
     acquired_at: DateTime<Utc>,
     expires_at: DateTime<Utc>,
     /// Whether its run gave it back.
@@ -53,9 +51,7 @@ impl Holder {
             run_id: run_id.to_owned(),
             pipeline: pipeline.to_owned(),
             host: host(),
-            machine: machine(),
-            pid: std::process::id(),
-            process_start: process_start(std::process::id()),
+            process: Process::this(),
             acquired_at: now,
             expires_at: now + hold,
             released: false,
@@ -70,41 +66,13 @@ impl Holder {
         if Utc::now() > self.expires_at {
             return Some("expired");
         }
-        if self.machine.is_empty() || self.machine != machine() {
-            return None;
-        }
-        match process_start(self.pid) {
-            None => Some("its process is gone"),
-            start if self.process_start.is_some() && start != self.process_start => Some("its process is gone"),
-            Some(_) => None,
-        }
+        self.process.gone().then_some("its process is gone")
     }
 }
 
 fn host() -> String {
     let named = |file: &str| fs_err::read_to_string(file).ok().map(|t| t.trim().to_owned());
     named("/proc/sys/kernel/hostname").or_else(|| named("/etc/hostname")).unwrap_or_else(|| "unknown".to_owned())
-}
-
-/// Empty where it cannot be told; then leases end with their time.
-fn machine() -> String {
-    let boot = fs_err::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let namespace = fs_err::read_link("/proc/self/ns/pid").map(|p| p.display().to_string()).unwrap_or_default();
-    match boot.trim().is_empty() || namespace.is_empty() {
-        true => String::new(),
-        false => format!("{} {namespace}", boot.trim()),
-    }
-}
-
-/// Start of a living process; `None` where there is none (one that only waits to be reaped is none).
-fn process_start(pid: u32) -> Option<u64> {
-    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may hold anything; what follows it is `state ppid ...`, the 20th of which is the start.
-    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    match fields.first() {
-        Some(&"Z" | &"X") | None => None,
-        Some(_) => fields.get(19)?.parse().ok(),
-    }
 }
 
 /// One lease that is held.
@@ -162,8 +130,7 @@ impl Lease {
 
     fn same(&self, other: &Holder) -> bool {
         let mine = &self.holder;
-        (&mine.run_id, mine.pid, &mine.machine, mine.acquired_at)
-            == (&other.run_id, other.pid, &other.machine, other.acquired_at)
+        (&mine.run_id, &mine.process, mine.acquired_at) == (&other.run_id, &other.process, other.acquired_at)
     }
 
     async fn is_ours(&self) -> Result<bool> {
@@ -208,7 +175,7 @@ fn held(place: &str, other: &Holder) -> Error {
         "{place} is being published by another run: {} of pipeline `{}`, process {} on {}, since {}",
         other.run_id,
         other.pipeline,
-        other.pid,
+        other.process.pid,
         other.host,
         other.acquired_at.format("%Y-%m-%d %H:%M:%S UTC")
     ))
@@ -328,6 +295,12 @@ mod tests {
     use super::*;
     use crate::error::Fault;
 
+    /// The same of a process that has ended.
+    fn gone(mut holder: Holder) -> Holder {
+        holder.process.pid = u32::MAX;
+        holder
+    }
+
     fn warehouse() -> (tempfile::TempDir, Store) {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::local(folder.path()).unwrap();
@@ -361,12 +334,13 @@ mod tests {
     #[tokio::test]
     async fn what_is_stale_is_taken_over_and_its_holder_notices() {
         let (_folder, store) = warehouse();
-        let gone = Holder { pid: u32::MAX, ..Holder::new("dead", "p", Duration::from_secs(60)) };
-        put(&store, 4, &gone).await;
+        let dead = gone(Holder::new("dead", "p", Duration::from_secs(60)));
+        put(&store, 4, &dead).await;
         let after = take(&store, "two").await.unwrap();
         assert_eq!(after.held[0].number, 5);
         // Elsewhere a process cannot be looked at: the time decides.
-        let mut far = Holder { machine: "another".into(), ..gone };
+        let mut far = dead;
+        far.process.machine = "another".into();
         put(&store, 6, &far).await;
         let e = after.claim().check().await.unwrap_err();
         assert!(e.fault == Fault::Environment && e.message.contains("dead"), "{e}");
@@ -379,7 +353,7 @@ mod tests {
     #[tokio::test]
     async fn of_many_at_once_one_succeeds() {
         let (_folder, store) = warehouse();
-        let dead = Holder { pid: u32::MAX, ..Holder::new("dead", "p", Duration::from_secs(60)) };
+        let dead = gone(Holder::new("dead", "p", Duration::from_secs(60)));
         put(&store, 1, &dead).await;
         let runs = (0..16).map(|i| {
             let store = store.clone();

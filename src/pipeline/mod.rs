@@ -27,6 +27,7 @@ pub mod options;
 pub mod params;
 pub mod parse;
 pub mod plan;
+pub mod process;
 pub mod reference_docs;
 pub mod run;
 pub mod sandbox;

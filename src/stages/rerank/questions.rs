@@ -201,7 +201,6 @@ impl<'a> Maker<'a> {
     /// Errors (exit 78): a mode that does not fit the prompt, more candidates than letters, a prompt beyond the context.
     pub(super) fn question(&self, row: usize, prompt: &Prompt) -> Result<Question> {
         let lettered = prompt.lettered() && !prompt.asks_a_rating();
-        self.check_style(lettered)?;
         if prompt.asks_a_rating() && self.config.mode != Mode::Rating {
             let mode = self.config.mode.name();
             return Err(Error::spec(format!(
@@ -210,6 +209,7 @@ impl<'a> Maker<'a> {
             ))
             .with_help("they ask for one rating each: set mode = \"rating\""));
         }
+        self.check_style(lettered)?;
         let letters = match lettered || self.config.mode == Mode::Label {
             true => letters(prompt.titles.len())?,
             false => Vec::new(),
