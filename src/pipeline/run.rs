@@ -3,29 +3,29 @@
 //! In: a parsed pipeline. Out: artifacts, published tables, a [`RunReport`]. A node that fails
 //! leaves everything that was complete before it as it was; the same command resumes there.
 
+mod budget;
+mod sources;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
-use super::artifact_source;
-use super::cache::{Cache, Record, table_record};
+use super::cache::{Cache, Record};
 use super::events::{Events, NodePlace};
 use super::fingerprint::Identity;
 use super::journal::{self, Journal, RunEntry};
 use super::lease::Leases;
-use super::minutes::{self, minutes_of, remembered};
-use super::nodes::{Digests, Surroundings, source_identity, source_store, stage_identity};
+use super::minutes::minutes_of;
+use super::nodes::{Digests, Surroundings, stage_identity};
 pub use super::options::RunOptions;
 use super::{Pipeline, StageNode};
 use crate::catalog::FetchProgress;
 use crate::error::{Error, Result};
 use crate::stages::context::{Cancel, Shard};
-use crate::stages::{ModelFile, Observer, Publishing, Stage, StageContext, StageInput, StageResult, What};
-use crate::tables::source::{SourceReport, SourceTarget, read_source};
-use crate::tables::source_config::SourceConfig;
-use crate::tables::{SqlMemory, Store, Table};
+use crate::stages::{ModelFile, Observer, Publishing, Stage, StageContext, StageInput, What};
+use crate::tables::{Store, Table};
 
 /// One node of a finished run.
 #[derive(Clone, Debug)]
@@ -240,96 +240,6 @@ impl Run<'_> {
         NodeReport { name: place.name, kind: place.kind, cached, record }
     }
 
-    async fn source(&self, place: &NodePlace, config: &SourceConfig, forced: bool) -> Result<Done> {
-        let observer = self.events.started(place);
-        let fetch = FetchLines(self.events.as_ref(), observer.clone());
-        let store = source_store(self.pipeline, config, self.around, Some(&fetch)).await?;
-        let store = store.ok_or_else(|| Error::internal("a fetched source has no place"))?;
-        if artifact_source::is_artifact(config) {
-            return self.artifact(place, config, &store, forced).await;
-        }
-        let identity = source_identity(&place.name, config, &store).await?;
-        let fingerprint = identity.fingerprint();
-        self.journal.at_work(&fingerprint).await?;
-        let restated = self.restated(place, &identity, observer.as_ref()).await;
-        if !forced && let Some(record) = self.cache.find(&fingerprint).await? {
-            return Ok(Done::found(record));
-        }
-        let began = Instant::now();
-        let folder = self.cache.folder(&fingerprint);
-        folder.delete(super::cache::RECORD_FILE).await?;
-        observer.begin("rows", 0);
-        let tick = |n: u64| {
-            observer.advance(n);
-            self.cancel.check()
-        };
-        let target = SourceTarget {
-            store: &folder,
-            table_file: "rows.parquet",
-            bad_rows_file: "bad_rows.parquet",
-            memory: SqlMemory { limit: self.pipeline.memory_limit, spill_dir: self.pipeline.spill_dir.clone() },
-            tick: &tick,
-        };
-        let SourceReport { table, bad_rows, mut counters } = read_source(&place.name, config, &store, &target).await?;
-        if restated > 0 {
-            counters.insert("restated_partitions".into(), restated.into());
-        }
-        let outputs = BTreeMap::from([
-            ("rows".to_owned(), table_record(&folder, "rows.parquet", &table).await?),
-            ("bad_rows".to_owned(), table_record(&folder, "bad_rows.parquet", &bad_rows).await?),
-        ]);
-        let record = self.record(&identity, place, began, counters, outputs);
-        self.cache.complete(&folder, &record).await?;
-        Ok(Done::made(record))
-    }
-
-    /// Notes the files that the source reads, and says which of them the last night read in another version: an earlier
-    /// partition was written again. Returns how many.
-    async fn restated(&self, place: &NodePlace, identity: &Identity, observer: &dyn Observer) -> usize {
-        let files = files_of(identity);
-        let last = journal::nights(&self.nights, &self.pipeline.name, 1).next();
-        let before = last.and_then(|night| night.inputs.get(&place.name));
-        // A source of one file is written whole every night.
-        let changed = match before {
-            Some(before) if files.len() > 1 => changed_parts(before, &files),
-            _ => Vec::new(),
-        };
-        if let Some(first) = changed.first() {
-            observer.note(&format!(
-                "{} earlier partitions or files were written again since the last run, {first} first; what depends on them is computed again",
-                changed.len()
-            ));
-        }
-        let n = changed.len();
-        self.journal.source(&place.name, files).await;
-        n
-    }
-
-    /// A source that is an artifact. Its age is looked at in every run.
-    async fn artifact(&self, place: &NodePlace, config: &SourceConfig, store: &Store, forced: bool) -> Result<Done> {
-        let began = Instant::now();
-        let (found, identity) = artifact_source::find(&place.name, config, store).await?;
-        self.journal.at_work(&identity.fingerprint()).await?;
-        let known = match forced {
-            true => None,
-            false => self.cache.find(&identity.fingerprint()).await?,
-        };
-        let cached = known.is_some();
-        let mut record = match known {
-            Some(record) => record,
-            None => {
-                let artifact = artifact_source::read(&place.name, config, store, found.as_ref()).await?;
-                let result = StageResult::default().with_artifact(artifact_source::FILES, artifact);
-                self.cache.store(&identity, &place.name, &self.run_id, began, result).await?
-            }
-        };
-        record.counters = artifact_source::counters(&place.name, config, found.as_ref(), chrono::Utc::now());
-        if let Some(warning) = artifact_source::warning(&record) {
-            self.events.line(&format!("warning: {warning}"));
-        }
-        Ok(Done { record, cached, budget: None })
-    }
-
     fn record(
         &self,
         identity: &Identity,
@@ -376,62 +286,6 @@ impl Run<'_> {
         self.work(node, node.stage.as_ref(), &ctx).await.map(Done::made)
     }
 
-    /// A stage with a budget in minutes: as a number of users, by the rate of earlier nights or of a few users asked now.
-    async fn within(
-        &self,
-        node: &StageNode,
-        minutes: f64,
-        (models, observer): (BTreeMap<String, ModelFile>, Arc<dyn Observer>),
-        forced: bool,
-    ) -> Result<Done> {
-        let name = &self.pipeline.name;
-        let around = (&self.known, &models);
-        if !forced
-            && let Some((record, users)) = remembered(&self.cache, &self.nights, name, node, around, minutes).await?
-            && !record.ask_again()
-        {
-            return Ok(Done { budget: Some((minutes, users)), ..Done::found(record) });
-        }
-        let models_again = models.clone();
-        let ctx = self.context(node, models, observer.clone()).await?;
-        let mut rate = minutes::recorded(&self.nights, name, &node.name);
-        if let (Some(shard), None) = (self.shard, rate) {
-            return Err(Error::usage(format!("--shard {shard}: no night has recorded how fast `{}` is asked", node.name))
-                .with_help("without a rate each share would take another number of users; run one night without --shard first, or set budget.users"));
-        }
-        let mut pilot = minutes::PILOT;
-        let everyone = node.stage.users_within(&ctx, f64::MAX).await?;
-        while rate.is_none() && pilot / 2 < everyone {
-            let stage = self.for_users(node, pilot)?;
-            let identity = self.identity(node, stage.as_ref(), &models_again)?;
-            let record = match self.found(&identity).await? {
-                Some(record) => record,
-                None => self.work(node, stage.as_ref(), &ctx).await?,
-            };
-            rate = minutes::measured(&record);
-            pilot *= 2;
-        }
-        // Whoever is left was answered before: asking costs nothing.
-        let users = match rate {
-            Some(rate) => node.stage.users_within(&ctx, rate * minutes * 60.0).await?,
-            None => everyone,
-        };
-        let rate = rate.map_or_else(String::new, |rate| format!(" at {rate:.0} prompt tokens per second"));
-        observer.note(&format!("{minutes} minutes are {users} of {everyone} users{rate}"));
-        let stage = self.for_users(node, users)?;
-        let identity = self.identity(node, stage.as_ref(), &models_again)?;
-        let budget = Some((minutes, users));
-        if !forced && let Some(record) = self.found(&identity).await? {
-            return Ok(Done { budget, ..Done::found(record) });
-        }
-        let record = self.work(node, stage.as_ref(), &ctx).await?;
-        Ok(Done { budget, ..Done::made(record) })
-    }
-
-    fn for_users(&self, node: &StageNode, users: u64) -> Result<Box<dyn Stage>> {
-        node.stage.for_users(users).ok_or_else(|| Error::internal(format!("`{}` asks nobody", node.name)))
-    }
-
     fn identity(&self, node: &StageNode, stage: &dyn Stage, models: &BTreeMap<String, ModelFile>) -> Result<Identity> {
         stage_identity(node, stage, &self.known, models)
             .map_err(|upstream| Error::internal(format!("`{upstream}` has not run before this stage")))
@@ -450,7 +304,6 @@ impl Run<'_> {
         mut models: BTreeMap<String, ModelFile>,
         observer: Arc<dyn Observer>,
     ) -> Result<StageContext> {
-        let fingerprint = self.identity(node, node.stage.as_ref(), &models)?.fingerprint();
         let inputs = self.inputs(node, &mut models).await?;
         Ok(StageContext {
             name: node.name.clone(),
@@ -460,7 +313,7 @@ impl Run<'_> {
             models,
             savings: self.savings.clone(),
             warehouse: self.warehouse.clone(),
-            publishing: Publishing { fingerprint, ..self.publishing.clone() },
+            publishing: self.publishing.clone(),
             run_id: self.run_id.clone(),
             memory_limit: self.pipeline.memory_limit,
             spill_dir: self.pipeline.spill_dir.clone(),
@@ -510,33 +363,6 @@ impl Run<'_> {
         }
         Ok(inputs)
     }
-}
-
-/// File -> version of what a source reads, out of its identity.
-fn files_of(identity: &Identity) -> BTreeMap<String, String> {
-    let objects = identity.config["objects"].as_array().into_iter().flatten().filter_map(Value::as_str);
-    objects
-        .filter_map(|object| {
-            let mut parts = object.rsplitn(3, ' ');
-            let (stamp, size, file) = (parts.next()?, parts.next()?, parts.next()?);
-            Some((file.to_owned(), format!("{size} {stamp}")))
-        })
-        .collect()
-}
-
-/// Partitions (folders of files; files, where there are no folders) that were there before and hold something else now.
-fn changed_parts(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
-    fn parts(files: &BTreeMap<String, String>) -> BTreeMap<&str, Vec<(&str, &str)>> {
-        let mut parts: BTreeMap<&str, Vec<(&str, &str)>> = BTreeMap::new();
-        for (file, version) in files {
-            let part = file.rsplit_once('/').map_or(file.as_str(), |(folder, _)| folder);
-            parts.entry(part).or_default().push((file, version));
-        }
-        parts
-    }
-    let (before, now) = (parts(before), parts(now));
-    let changed = now.iter().filter(|(part, files)| before.get(*part).is_some_and(|b| b != *files));
-    changed.map(|(part, _)| (*part).to_owned()).collect()
 }
 
 /// Columns that a stage reads must be there (exit 65).

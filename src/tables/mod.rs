@@ -20,6 +20,7 @@ pub mod schemas;
 pub mod source;
 pub mod source_config;
 mod source_files;
+mod source_listing;
 mod source_plan;
 mod source_tally;
 pub mod sql_errors;

@@ -32,7 +32,7 @@ use crate::tables::sql_errors::from_datafusion;
 use crate::tables::sql_memory::SqlMemory;
 use crate::tables::{Store, StoredTable};
 
-pub use crate::tables::source_files::{SourceObject, source_objects};
+pub use crate::tables::source_listing::{SourceObject, source_objects};
 
 /// Columns of `bad_rows` that come before the row's own.
 pub(super) const FILE: &str = "file";
